@@ -1,0 +1,170 @@
+"""Configuration dataclasses: one per concern, each field with its help and unit.
+
+The command line, ``--help`` and ``docs/flags.md`` are generated from these fields, so a flag is
+added by adding a field. A section validates itself in ``check``; what involves two sections is
+checked where they meet (``megalowrank.cli.check_together``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megalowrank.errors import ConfigError
+
+
+def flag(default: Any, text: str, *, unit: str = "", choices: tuple = (), nargs: str | None = None) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    ``text`` is the help line, ``unit`` the unit of the value, ``choices`` the allowed values and
+    ``nargs`` is passed to argparse for lists.
+    """
+    metadata = {"help": text, "unit": unit, "choices": choices, "nargs": nargs}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def at_least(name: str, value: float, minimum: float) -> None:
+    """Raise ConfigError unless ``value`` >= ``minimum``; ``name`` is the flag without dashes."""
+    if not value >= minimum:
+        raise ConfigError(f"--{name} is out of range", value, f">= {minimum}")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the transformer; a preset fills what is not given."""
+
+    preset: str | None = flag(None, "published model shape, e.g. llama_350m; other flags override it")
+    num_layers: int | None = flag(None, "transformer blocks")
+    hidden_size: int | None = flag(None, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(None, "width of the gated MLP")
+    num_attention_heads: int | None = flag(None, "query heads")
+    num_query_groups: int | None = flag(None, "key/value heads (grouped-query attention); default: as query heads")
+    vocab_size: int | None = flag(None, "rows of the embedding; default: the tokenizer's, else the preset's")
+    norm_epsilon: float = flag(1e-6, "epsilon of RMSNorm")
+    rotary_base: float = flag(10000.0, "base of the rotary position embedding")
+    init_method_std: float = flag(0.02, "standard deviation of the initial weights")
+
+    def check(self) -> None:
+        """Every size is present, positive and divides where it has to."""
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        for name in (*sizes, "vocab_size"):
+            value = getattr(self, name)
+            if value is None:
+                raise ConfigError(f"--{name.replace('_', '-')} is missing", None, "a value, or --preset")
+            at_least(name.replace("_", "-"), value, 1)
+        hidden, heads, groups = self.hidden_size or 1, self.num_attention_heads or 1, self.num_query_groups or 1
+        if hidden % heads:
+            raise ConfigError("--hidden-size must be a multiple of --num-attention-heads", f"{hidden} and {heads}")
+        if heads % groups:
+            raise ConfigError("--num-attention-heads must be a multiple of --num-query-groups", f"{heads} and {groups}")
+        if (hidden // heads) % 2:
+            raise ConfigError("rotary embedding needs an even head size", hidden // heads)
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, optimizer and schedule of a run."""
+
+    method: str = flag("switchlora", "what is trained, and how")
+    seq_length: int = flag(512, "length of a sample", unit="tokens")
+    micro_batch_size: int | None = flag(None, "samples of one forward pass on one rank")
+    global_batch_size: int | None = flag(None, "samples of one update over all ranks")
+    train_iters: int = flag(1000, "updates of the run", unit="updates")
+    lr: float | None = flag(None, "peak learning rate; default: optimizer.params.lr of the DeepSpeed JSON")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag("cosine", "shape of the decay", choices=("constant", "linear", "cosine"))
+    lr_warmup_iters: int = flag(0, "updates of linear warm-up from 0", unit="updates")
+    lr_decay_iters: int | None = flag(
+        None, "update at which --min-lr is reached; default: --train-iters", unit="updates"
+    )
+    weight_decay: float = flag(0.0, "decoupled weight decay of AdamW")
+    adam_beta1: float = flag(0.9, "decay of exp_avg")
+    adam_beta2: float = flag(0.999, "decay of exp_avg_sq")
+    adam_eps: float = flag(1e-8, "epsilon of AdamW")
+    clip_grad: float = flag(1.0, "bound of the global gradient norm; 0 turns clipping off")
+    seed: int = flag(1234, "seed of initial weights, data order and every draw of a method")
+    bf16: bool = flag(False, "train in bfloat16 with fp32 masters; default: as the DeepSpeed JSON says")
+    recompute_granularity: str = flag(
+        "none", "activation checkpointing: recompute each block (non-reentrant)", choices=("none", "full")
+    )
+    fold_residual: str = flag(
+        "int16", "what W keeps beside bfloat16 so that folds do not drift", choices=("none", "int8", "int16")
+    )
+    max_skipped_steps: int = flag(10, "non-finite updates that a run survives", unit="updates")
+    exit_interval: int | None = flag(None, "stop after this many updates of this process", unit="updates")
+
+    def check(self) -> None:
+        """Ranges of single values."""
+        for name, minimum in (
+            ("seq_length", 1), ("train_iters", 1), ("lr_warmup_iters", 0), ("min_lr", 0.0), ("clip_grad", 0.0),
+            ("weight_decay", 0.0), ("max_skipped_steps", 0), ("adam_eps", 0.0), ("seed", 0),
+        ):  # fmt: skip
+            at_least(name.replace("_", "-"), getattr(self, name), minimum)
+        for name in ("micro_batch_size", "global_batch_size", "lr_decay_iters", "exit_interval"):
+            if getattr(self, name) is not None:
+                at_least(name.replace("_", "-"), getattr(self, name), 1)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"--{name.replace('_', '-')} is out of range", getattr(self, name), "0 <= beta < 1")
+        if self.lr_warmup_iters > (self.lr_decay_iters or self.train_iters):
+            raise ConfigError("--lr-warmup-iters is longer than the decay", self.lr_warmup_iters)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over ranks."""
+
+    tensor_model_parallel_size: int = flag(1, "tensor-parallel degree (only 1 is built)")
+    pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (only 1 is built)")
+    distributed_timeout_minutes: int = flag(30, "how long a collective may take", unit="minutes")
+
+    def check(self) -> None:
+        """Refuse by name what is not built."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is not supported yet", getattr(self, name), 1)
+        at_least("distributed-timeout-minutes", self.distributed_timeout_minutes, 1)
+
+
+@dataclass
+class DataConfig:
+    """Where the tokens come from."""
+
+    data_path: str | None = flag(None, "prefix of Megatron .bin/.idx files")
+    split: str = flag("969,30,1", "shares of train, validation and test documents")
+    tokenizer_model: str | None = flag(None, "sentencepiece model the tokens were made with")
+    eval_interval: int = flag(100, "updates between evaluations; 0: only at the end", unit="updates")
+    eval_iters: int = flag(10, "global batches per evaluation; 0: none", unit="batches")
+
+    def check(self) -> None:
+        """Ranges of single values."""
+        at_least("eval-interval", self.eval_interval, 0)
+        at_least("eval-iters", self.eval_iters, 0)
+
+
+@dataclass
+class OutputConfig:
+    """What is written, where, and how often."""
+
+    output_dir: str | None = flag(
+        None, "folder of metrics.jsonl and the resolved configuration; default: --save, else none"
+    )
+    save: str | None = flag(None, "folder of checkpoints")
+    load: str | None = flag(
+        None, "checkpoint to resume: a folder of checkpoints, one checkpoint, or 'auto' (newest in --save)"
+    )
+    save_interval: int = flag(0, "updates between checkpoints; 0: only at the end", unit="updates")
+    keep_last: int = flag(0, "newest checkpoints that are kept; 0: all")
+    log_interval: int = flag(10, "updates between log lines", unit="updates")
+
+    def check(self) -> None:
+        """Ranges of single values, and that --load auto has somewhere to look."""
+        at_least("save-interval", self.save_interval, 0)
+        at_least("keep-last", self.keep_last, 0)
+        at_least("log-interval", self.log_interval, 1)
+        if self.load == "auto" and not self.save:
+            raise ConfigError("--load auto looks in --save, which is not given")
+        if self.save_interval and not self.save:
+            raise ConfigError("--save-interval needs --save")

@@ -1,0 +1,105 @@
+"""The order of samples: a pure function of (seed, step), the same for any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from megalowrank.data.tokens import TokenWindow
+from megalowrank.errors import ConfigError
+
+_ROUNDS = 8
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where the keyed permutation of range(n) sends each ``index``; int64, of the same shape.
+
+    A Feistel network permutes the numbers of 2h bits, 4**h >= n; results outside range(n) are sent
+    through again until they are inside (cycle walking), which leaves a permutation of range(n).
+    Nothing is stored. ValueError unless every index is in range(n).
+    """
+    if index.size and not 0 <= index.min() <= index.max() < n:
+        raise ValueError(f"index outside range({n})")
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    round_keys = [_key_of("round", key, number) for number in range(_ROUNDS)]
+    values = _feistel(index.astype(np.uint64).ravel(), half_bits, round_keys)
+    outside = np.flatnonzero(values >= n)
+    while outside.size:
+        values[outside] = _feistel(values[outside], half_bits, round_keys)
+        outside = outside[values[outside] >= n]
+    return values.astype(np.int64).reshape(index.shape)
+
+
+def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.ndarray:
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for key in round_keys:
+        left, right = right, left ^ (_mix(right, key) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: np.ndarray, key: int) -> np.ndarray:
+    """A 64-bit hash of each value (multiply and xor-shift, modulo 2**64)."""
+    mixed = values ^ np.uint64(key)
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 31), (0x94D049BB133111EB, 29)):
+        mixed = mixed * np.uint64(multiplier)
+        mixed = mixed ^ (mixed >> np.uint64(shift))
+    return mixed
+
+
+def _key_of(purpose: str, *numbers: int) -> int:
+    """64 bits that depend on all arguments, alike on every platform."""
+    text = "/".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class BatchSampler:
+    """Which samples of a window make up each global batch.
+
+    Position g = step * global_batch_size + j is sample g modulo len(window) of pass g // len(window);
+    with ``shuffle`` each pass has its own order, drawn from (seed, pass). ConfigError if the window
+    has no sample.
+    """
+
+    def __init__(self, window: TokenWindow, seed: int, global_batch_size: int, shuffle: bool = True) -> None:
+        if not len(window):
+            raise ConfigError("the data are too short for one sample", None, f"> {window.seq_length} tokens")
+        if global_batch_size < 1:
+            raise ConfigError("--global-batch-size is out of range", global_batch_size, ">= 1")
+        self.window, self.seed = window, seed
+        self.global_batch_size, self.shuffle = global_batch_size, shuffle
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches without a repeated sample; 1, with repeats, if the window is smaller."""
+        return max(1, len(self.window) // self.global_batch_size)
+
+    def sample_indices(self, step: int, positions: np.ndarray) -> np.ndarray:
+        """The sample of the window at each position [...] of the global batch of ``step``; int64 [...]."""
+        length = len(self.window)
+        epochs, places = np.divmod(step * self.global_batch_size + positions.astype(np.int64), length)
+        if not self.shuffle:
+            return places
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = permute(places[chosen], length, _key_of("epoch", self.seed, epoch))
+        return indices
+
+    def micro_batch(self, step: int, index: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> torch.Tensor:
+        """Micro-batch ``index`` of rank ``dp_rank`` in update ``step``.
+
+        An int64 tensor [micro_batch_size, seq_length + 1].
+        Row i is position (index * dp_size + dp_rank) * micro_batch_size + i of the global batch, so any
+        number of ranks shares out the same batch. ValueError for positions outside the global batch.
+        """
+        first = (index * dp_size + dp_rank) * micro_batch_size
+        if not 0 <= first < first + micro_batch_size <= self.global_batch_size or not 0 <= dp_rank < dp_size:
+            raise ValueError(
+                f"micro-batch {index} of rank {dp_rank} of {dp_size} is outside the global batch of "
+                f"{self.global_batch_size} samples"
+            )
+        indices = self.sample_indices(step, np.arange(first, first + micro_batch_size))
+        return torch.from_numpy(np.stack([self.window.sample(i) for i in indices.tolist()]))

@@ -1,0 +1,88 @@
+"""An engine without DeepSpeed: one process, whole tensors, any precision.
+
+The reference that the sharded engines are tested against, and the way to study a method in a notebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megalowrank.engine.arena import flatten_in_place, whole_partition
+from megalowrank.engine.engine import StepResult
+from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView
+
+
+def factor_parameters(layers: Sequence[LowRankFactors]) -> list[torch.nn.Parameter]:
+    """A and Bᵀ of every matrix, in the order that vector sets count them."""
+    return [parameter for layer in layers for parameter in (layer.A, layer.Bt)]
+
+
+def flat_forward_copy(factors: Sequence[torch.nn.Parameter], flat: torch.Tensor) -> FlatForwardCopy:
+    """The forward copies of ``factors``, which are views of ``flat``."""
+    base = flat.storage_offset()
+    offsets = np.array([p.data.storage_offset() - base for p in factors], dtype=np.int64)
+    return FlatForwardCopy(flat, offsets)
+
+
+class DenseEngine:
+    """Plain training of ``module``; with bfloat16 parameters the masters are float32."""
+
+    def __init__(
+        self, module: torch.nn.Module, layers: Sequence[LowRankFactors], optimizer: VectorClockAdamW, clip_grad: float
+    ) -> None:
+        self.module, self.optimizer, self.group = module, optimizer, None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device, self._parameters = parameters[0].device, parameters
+        self._low = parameters[0].dtype == torch.bfloat16
+        masters = parameters
+        if self._low:
+            masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
+            optimizer.param_groups[0]["params"] = masters
+        partition = whole_partition(parameters, masters)
+        flat = flatten_in_place(parameters)[0] if self._low else partition.master
+        self._masters = masters
+        factors = factor_parameters(layers)
+        forward = flat_forward_copy(factors, flat)
+        self.state = OptimizerStateView(factors, [partition], forward, None, masters_sharded=False)
+        optimizer.bind([partition], self.state.clocks, factors)
+        optimizer.guard, optimizer.clip_grad = True, clip_grad
+
+    def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
+        """One update; the gradient is the mean over micro-batches."""
+        self.module.train()
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self.module(batch) / len(micro_batches)
+            loss.backward()
+            total = total + loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._low:
+            for master, parameter in zip(self._masters, self._parameters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.optimizer.step()
+        if self._low:
+            for master, parameter in zip(self._masters, self._parameters, strict=True):
+                parameter.data.copy_(master.data)
+        for parameter in self._parameters:
+            parameter.grad = None
+        norm = self.optimizer.grad_norm
+        return StepResult(total, float(norm) if norm is not None else float("nan"), self.optimizer.step_applied)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:
+        """Mean loss of one micro-batch."""
+        self.module.eval()
+        return self.module(micro_batch)
+
+    def end_evaluation(self) -> None:
+        """Nothing is gathered."""
+
+    def reload(self) -> None:
+        """Cut runs anew after a load."""
+        self.optimizer.forget_runs()

@@ -1,0 +1,40 @@
+"""What the training loop knows of an engine, and what an engine gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megalowrank.lowrank.state import OptimizerStateView
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: mean loss over all ranks and micro-batches (scalar tensor), global gradient norm, whether it was applied."""
+
+    loss: torch.Tensor
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """An engine runs steps and owns sharded state. Every rank calls every method alike."""
+
+    state: OptimizerStateView
+    group: Any
+    device: torch.device
+
+    def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
+        """Forward and backward of all micro-batches [b, S + 1], one update at learning rate ``lr``."""
+
+    def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:
+        """Mean loss of one micro-batch on this rank, without gradients."""
+
+    def end_evaluation(self) -> None:
+        """Called after the last ``eval_step`` of an evaluation."""
+
+    def reload(self) -> None:
+        """Make the engine consistent after weights, masters or moments were written from outside."""

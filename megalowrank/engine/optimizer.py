@@ -1,0 +1,212 @@
+"""AdamW with one clock per vector, at the speed of torch's fused kernel.
+
+Consecutive vectors that were born at the same update form a *run*; torch's fused AdamW updates all
+runs of a flat partition in one call, each with its own step. Without restarts a partition is one run.
+
+Source: AdamW, Loshchilov and Hutter 2019, alg. 2; the clock of a vector is updates - birth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.adamw import adamw
+
+from megalowrank.lowrank.state import Clocks, FlatPartition, Fragment
+from megalowrank.lowrank.vectors import element_index
+
+_LANES = 16
+
+
+@dataclass
+class _Runs:
+    """The cut of a partition for one version of the clocks.
+
+    ``sizes`` of consecutive stretches that cover it, ``keep`` those updated in place, ``steps`` their clocks.
+    """
+
+    version: int
+    sizes: list[int]
+    keep: list[int]
+    steps: list[torch.Tensor]
+    tails: _Tails | None
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The stretches of a flat tensor that are updated in place."""
+        pieces = flat.split(self.sizes)
+        return [pieces[i] for i in self.keep]
+
+
+class _Tails:
+    """The last elements of runs whose length is no multiple of the vector width, in padded scratch memory.
+
+    torch's CPU kernel rounds the scalar rest of a run differently from its vectorised body. Padded, every
+    element takes the vectorised path, so that the result does not depend on where ZeRO cuts a tensor.
+    """
+
+    def __init__(self, starts: np.ndarray, sizes: np.ndarray, steps: list[torch.Tensor], like: torch.Tensor) -> None:
+        rest = sizes % _LANES
+        chosen = np.flatnonzero(rest)
+        self.here = element_index((starts + sizes - rest)[chosen], rest[chosen], like.device)
+        self.there = element_index(np.arange(len(chosen)) * _LANES, rest[chosen], like.device)
+        self.steps = [steps[i].clone() for i in chosen.tolist()]
+        self.scratch = [like.new_zeros(len(chosen) * _LANES) for _ in range(4)]
+
+    def load(self, flats: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Padded copies of the tails of master, gradient, exp_avg and exp_avg_sq."""
+        for scratch, flat in zip(self.scratch, flats, strict=True):
+            scratch.index_copy_(0, self.there, flat.index_select(0, self.here))
+        return [list(scratch.split(_LANES)) for scratch in self.scratch]
+
+    def store(self, master: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+        """Write the updated tails back."""
+        for flat, scratch in zip((master, exp_avg, exp_avg_sq), (self.scratch[i] for i in (0, 2, 3)), strict=True):
+            flat.index_copy_(0, self.here, scratch.index_select(0, self.there))
+
+
+class VectorClockAdamW(torch.optim.Optimizer):
+    """A client optimizer for DeepSpeed, and a plain one.
+
+    Until ``bind`` it takes no step (DeepSpeed steps once with zero gradients while it builds some of
+    its optimizers). With ``guard`` it computes the global norm itself, clips to ``clip_grad`` and skips
+    an update whose norm is not finite; otherwise the engine around it does so.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.partitions: list[FlatPartition] = []
+        self.guard, self.clip_grad = False, 0.0
+        self.grad_norm: torch.Tensor | None = None
+        self.step_applied = True
+        self._runs: dict[int, _Runs] = {}
+
+    def bind(self, partitions: list[FlatPartition], clocks: Clocks, factors: list[torch.nn.Parameter]) -> None:
+        """Say where masters and moments lie and which clock each vector has."""
+        self.partitions, self.clocks = partitions, clocks
+        index = {id(parameter): f for f, parameter in enumerate(factors)}
+        self._segments = [_segments(partition, clocks, index) for partition in partitions]
+        self._of = {id(t): i for i, partition in enumerate(partitions) for t, _ in partition.gradients}
+        self._runs.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every partition that the current ``param_groups`` name."""
+        if self.guard and not self._norm_is_finite():
+            return
+        done: set[int] = set()
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                index = self._of.get(id(tensor)) if self.partitions else None
+                if index is not None and index not in done:
+                    done.add(index)
+                    self._update(index, group)
+
+    def _norm_is_finite(self) -> bool:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        self.grad_norm = norm
+        self.step_applied = bool(torch.isfinite(norm).item())
+        if self.step_applied and self.clip_grad > 0:
+            torch._foreach_mul_(grads, torch.clamp(self.clip_grad / (norm + 1e-6), max=1.0))
+        return self.step_applied
+
+    def _update(self, index: int, group: dict[str, Any]) -> None:
+        partition = self.partitions[index]
+        if not partition.master.numel():
+            partition.updates += 1
+            return
+        runs = self._runs_of(index)
+        gradient = _flat_gradient(partition)
+        flats = (partition.master, gradient, partition.exp_avg, partition.exp_avg_sq)
+        lists = [runs.views(flat) for flat in flats]
+        steps = runs.steps
+        if runs.tails is not None:
+            lists = [views + padded for views, padded in zip(lists, runs.tails.load(flats), strict=True)]
+            steps = steps + runs.tails.steps
+        beta1, beta2 = group["betas"]
+        adamw(
+            lists[0], lists[1], lists[2], lists[3], [], steps,
+            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        if runs.tails is not None:
+            runs.tails.store(partition.master, partition.exp_avg, partition.exp_avg_sq)
+        partition.updates += 1
+
+    def _runs_of(self, index: int) -> _Runs:
+        """The runs of a partition, cut again only after a clock was restarted."""
+        cached = self._runs.get(index)
+        if cached is not None and cached.version == self.clocks.version:
+            return cached
+        runs = cut_runs(self.partitions[index], self._segments[index], self.clocks)
+        self._runs[index] = runs
+        return runs
+
+    def forget_runs(self) -> None:
+        """Cut runs anew: call it after loading moments, clocks or the number of updates."""
+        self._runs.clear()
+
+
+def cut_runs(partition: FlatPartition, segments: tuple[np.ndarray, np.ndarray], clocks: Clocks) -> _Runs:
+    """Join consecutive vectors that were born at the same update."""
+    starts, clock = segments
+    births = clocks.births[clock]
+    first = np.append(0, np.flatnonzero(births[1:] != births[:-1]) + 1)
+    sizes = np.diff(np.append(starts[first], partition.master.numel()))
+    device = partition.master.device
+    ages = torch.tensor(partition.updates - births[first], dtype=torch.float32).to(device)
+    steps = list(ages.unbind())
+    rest = sizes % _LANES if device.type == "cpu" else np.zeros_like(sizes)
+    stretches = np.stack((sizes - rest, rest), axis=1).reshape(-1)
+    body = np.flatnonzero(sizes - rest)
+    position = np.cumsum(stretches > 0) - 1
+    return _Runs(
+        version=clocks.version,
+        sizes=stretches[stretches > 0].tolist(),
+        keep=position[2 * body].tolist(),
+        steps=[steps[i] for i in body.tolist()],
+        tails=_Tails(starts[first], sizes, steps, partition.master) if rest.any() else None,
+    )
+
+
+def _flat_gradient(partition: FlatPartition) -> torch.Tensor:
+    """The gradient of a partition as one 1-D tensor; a copy where it lies in several."""
+    owners = [owner for owner, _ in partition.gradients]
+    found = [owner.grad if owner.grad is not None else torch.zeros_like(owner) for owner in owners]
+    flat = found[0].reshape(-1) if len(found) == 1 else torch.cat([gradient.reshape(-1) for gradient in found])
+    return flat.to(partition.master.dtype)
+
+
+def _segments(partition: FlatPartition, clocks: Clocks, index: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Start and clock of every vector and every other stretch of a partition."""
+    starts: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    clock: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    for fragment in sorted(partition.fragments, key=lambda f: f.offset):
+        begin, number = _vectors_of(fragment, clocks, index)
+        starts += [begin, np.array([fragment.offset + fragment.numel])]
+        clock += [number, np.zeros(1, dtype=np.int64)]
+    all_starts, all_clocks = np.concatenate(starts), np.concatenate(clock)
+    keep = np.append(all_starts[1:] > all_starts[:-1], all_starts[-1] < partition.master.numel())
+    return all_starts[keep], all_clocks[keep]
+
+
+def _vectors_of(fragment: Fragment, clocks: Clocks, index: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and clock of each (part of a) vector in a fragment; one stretch if it is not a factor."""
+    factor = index.get(id(fragment.parameter))
+    if factor is None:
+        return np.array([fragment.offset]), np.zeros(1, dtype=np.int64)
+    length = getattr(fragment.parameter, "ds_shape", fragment.parameter.shape)[1]
+    rows = np.arange(fragment.start // length, (fragment.start + fragment.numel - 1) // length + 1)
+    begin = fragment.offset + np.maximum(rows * length - fragment.start, 0)
+    return begin, clocks.first[factor] + rows

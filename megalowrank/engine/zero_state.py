@@ -1,0 +1,217 @@
+"""Where DeepSpeed keeps masters, moments and weights: the only file that reads its private attributes.
+
+Pinned to deepspeed 0.19.8; ``tests/engine/test_zero_state.py`` is the canary.
+
+| optimizer               | when          | flat masters                        | where a parameter lies      |
+|-------------------------|---------------|-------------------------------------|-----------------------------|
+| ours                    | ZeRO-0, fp32  | the parameters, moved into an arena | whole                       |
+| FP16_UnfusedOptimizer   | ZeRO-0, bf16  | fp32_groups, moved into an arena    | whole                       |
+| DeepSpeedZeroOptimizer  | ZeRO-1, 2     | single_partition_of_fp32_groups     | param._hp_mapping           |
+| DeepSpeedZeroOptimizer_Stage3 | ZeRO-3  | fp32_partitioned_groups_flat        | grad_position, param.ds_tensor |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from megalowrank.engine.arena import flatten_in_place, whole_partition
+from megalowrank.lowrank.fold import WeightPiece
+from megalowrank.lowrank.state import FlatForwardCopy, FlatPartition, ForwardCopy, Fragment
+from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
+
+Factors = Sequence[torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class ZeroLayout:
+    """Partitions of this rank, forward copies of the factors, and whether masters are sharded."""
+
+    partitions: list[FlatPartition]
+    forward: ForwardCopy
+    masters_sharded: bool
+
+
+def zero_layout(engine: Any, factors: Factors) -> ZeroLayout:
+    """Read the layout of an initialised DeepSpeed engine. Every rank calls it once."""
+    zero = engine.optimizer
+    readers: dict[str, Callable[[Any, Factors], ZeroLayout]] = {
+        "VectorClockAdamW": _plain,
+        "FP16_UnfusedOptimizer": _unfused,
+        "DeepSpeedZeroOptimizer": _stage_1_and_2,
+        "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+    }
+    return readers[type(zero).__name__](zero, factors)
+
+
+def global_grad_norm(engine: Any) -> float:
+    """The norm of the last update's gradient over all ranks, before clipping."""
+    zero = engine.optimizer
+    norm = zero.grad_norm if hasattr(zero, "grad_norm") else zero._global_grad_norm
+    return float(norm) if norm is not None else float("nan")
+
+
+def step_was_applied(engine: Any) -> bool:
+    """Whether the last step updated anything; false when the gradient was not finite."""
+    zero = engine.optimizer
+    return bool(zero.step_applied) if hasattr(zero, "step_applied") else not zero.overflow
+
+
+def release_gathered(engine: Any) -> None:
+    """Under ZeRO-3 give back what a forward pass without a step left gathered."""
+    if hasattr(engine.optimizer, "empty_partition_cache"):
+        engine.empty_partition_cache()
+
+
+def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
+    """Where this rank stores a frozen weight now."""
+    if not hasattr(parameter, "ds_tensor"):
+        return lambda: WeightPiece(parameter.data.view(-1), 0)
+    return lambda: _sharded_weight(parameter)
+
+
+def logical_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The unsharded shape of a parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Copy masters into the forward copies of all ``parameters``, after masters were loaded.
+
+    Every rank calls it; ZeRO-1 and 2 gather once, ZeRO-3 stays local except for persistent parameters.
+    """
+    zero = engine.optimizer
+    kind = type(zero).__name__
+    if kind == "FP16_UnfusedOptimizer":
+        for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                parameter.data.copy_(master.data)
+    elif kind == "DeepSpeedZeroOptimizer":
+        zero.update_lp_params()
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        for partition in layout.partitions:
+            for fragment in partition.fragments:
+                shard = fragment.parameter.ds_tensor.data[: fragment.numel]
+                shard.copy_(partition.master[fragment.offset : fragment.offset + fragment.numel])
+        persistent = [p for p in parameters if p.ds_persist]
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+
+def refresh_persistent(parameter: torch.nn.Parameter) -> None:
+    """After a frozen weight's local shard was written: update the gathered copy, if there is one."""
+    if getattr(parameter, "ds_persist", False):
+        parameter.all_gather([parameter])
+
+
+def _plain(zero: Any, factors: Factors) -> ZeroLayout:
+    groups = [group["params"] for group in zero.param_groups]
+    partitions = [whole_partition(group, group) for group in groups]
+    return ZeroLayout(partitions, _flat_copy(factors, partitions[0].master), False)
+
+
+def _unfused(zero: Any, factors: Factors) -> ZeroLayout:
+    partitions = [whole_partition(low, high) for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True)]
+    flats = [flatten_in_place(group)[0] for group in zero.fp16_groups]
+    return ZeroLayout(partitions, _flat_copy(factors, flats[0]), False)
+
+
+def _stage_1_and_2(zero: Any, factors: Factors) -> ZeroLayout:
+    partitions = []
+    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                fragments.append(Fragment(parameter, high.start, low.start, low.numel))
+        partitions.append(FlatPartition(flat.data, [(flat, 0)], fragments))
+    return ZeroLayout(partitions, _flat_copy(factors, zero.bit16_groups_flat[0]), True)
+
+
+def _stage_3(zero: Any, factors: Factors) -> ZeroLayout:
+    partitions = []
+    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        fragments = []
+        for parameter in group:
+            _, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+            start, numel = _shard_range(parameter, int(padded))
+            if numel > 0:
+                fragments.append(Fragment(parameter, int(offset), start, numel))
+        partitions.append(FlatPartition(flat.data, [(flat, 0)], fragments))
+    return ZeroLayout(partitions, ShardedForwardCopy(factors, zero.dtype, zero.device), True)
+
+
+def _flat_copy(factors: Factors, flat: torch.Tensor) -> FlatForwardCopy:
+    size = flat.element_size()
+    offsets = [(p.data.data_ptr() - flat.data_ptr()) // size for p in factors]
+    if any(offset < 0 or offset + p.numel() > flat.numel() for offset, p in zip(offsets, factors, strict=True)):
+        raise RuntimeError("DeepSpeed put the factors into more than one flat group; pinned version is 0.19.8")
+    return FlatForwardCopy(flat.data, np.array(offsets, dtype=np.int64))
+
+
+def _shard_range(parameter: torch.nn.Parameter, padded: int) -> tuple[int, int]:
+    """(first element, number of elements) of this rank's shard, without padding."""
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    start = rank * padded
+    return start, max(0, min(padded, parameter.ds_numel - start))
+
+
+def _sharded_weight(parameter: torch.nn.Parameter) -> WeightPiece:
+    start, numel = _shard_range(parameter, int(parameter.ds_tensor.ds_numel))
+    shard = parameter.ds_tensor.data[:numel]
+    if parameter.ds_persist:
+        if parameter.ds_status != ZeroParamStatus.AVAILABLE:
+            parameter.all_gather([parameter])
+        return WeightPiece(parameter.data.view(-1), 0, (shard, start))
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.partition()
+    return WeightPiece(shard, start)
+
+
+class ShardedForwardCopy:
+    """Forward copies under ZeRO-3: a shard on every rank, and the whole where a parameter is gathered."""
+
+    def __init__(self, factors: Factors, dtype: torch.dtype, device: Any) -> None:
+        self.factors, self.dtype = factors, dtype
+        self.device = torch.device(device)
+
+    def read(self, vectors: VectorSet) -> None:
+        """Sharded: there is nothing to read without communication."""
+        return
+
+    def write(self, vectors: VectorSet, packed: torch.Tensor) -> None:
+        """Overwrite the part of each vector in this rank's shard, and gathered copies."""
+        for factor in np.unique(vectors.factors).tolist():
+            parameter = self.factors[factor]
+            chosen = vectors.factors == factor
+            lengths, offsets = vectors.lengths[chosen], vectors.offsets[chosen]
+            starts = vectors.rows[chosen] * lengths
+            begin, numel = _shard_range(parameter, int(parameter.ds_tensor.ds_numel))
+            _scatter(parameter.ds_tensor.data, begin, numel, starts, lengths, offsets, packed)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                _scatter(parameter.data.view(-1), 0, parameter.ds_numel, starts, lengths, offsets, packed)
+
+
+def _scatter(
+    flat: torch.Tensor,
+    begin: int,
+    numel: int,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    offsets: np.ndarray,
+    packed: torch.Tensor,
+) -> None:
+    """Write runs of ``packed`` to elements ``starts`` of a tensor of which ``flat`` holds [begin, begin + numel)."""
+    skipped, left = clip_runs(starts, lengths, np.full_like(starts, begin), np.full_like(starts, numel))
+    own = left > 0
+    if not own.any():
+        return
+    here = element_index((starts + skipped - begin)[own], left[own], flat.device)
+    there = element_index((offsets + skipped)[own], left[own], packed.device)
+    flat.index_copy_(0, here, packed.index_select(0, there).to(flat.device, flat.dtype))

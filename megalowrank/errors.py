@@ -1,0 +1,53 @@
+"""The errors a user can cause, kept apart from the errors that are ours."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class ConfigError(Exception):
+    """A mistake in flags, configuration files or input data.
+
+    The message is one line: what is wrong, what was given, what is allowed.
+    Command-line programs print it and leave with exit code 2.
+    """
+
+    def __init__(self, what: str, got: object = None, allowed: object = None) -> None:
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        super().__init__("; ".join(parts))
+
+
+class TrainingError(Exception):
+    """A run that cannot go on (too many non-finite steps, for instance); exit code 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``name``, for 'did you mean'; None if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return matches[0] if matches else None
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a command-line program: user errors become one line and exit code 2.
+
+    Called by every rank; only the first rank of the job prints.
+    """
+    try:
+        main()
+    except ConfigError as error:
+        _leave(f"error: {error}", 2)
+    except TrainingError as error:
+        _leave(f"stopped: {error}", 1)
+
+
+def _leave(line: str, code: int) -> None:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    sys.exit(code)

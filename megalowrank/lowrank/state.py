@@ -1,0 +1,211 @@
+"""Sharded optimizer state, seen as vectors of factors.
+
+``OptimizerStateView`` is the only way a method reaches masters, moments, clocks and forward copies.
+It works on *partitions*: flat 1-D tensors that hold this rank's part of the fp32 masters and moments
+of many parameters, whatever cut them (ZeRO 1 to 3, or nothing). No moment and no full weight is ever
+gathered; reading a few vectors costs one small all-reduce.
+
+Shapes: a packed tensor is 1-D, the values of a ``VectorSet`` one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
+from megalowrank.parallel.collectives import sum_over
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a flattened parameter, stored at ``offset`` of a flat tensor."""
+
+    parameter: torch.nn.Parameter
+    offset: int
+    start: int
+    numel: int
+
+
+@dataclass
+class FlatPartition:
+    """This rank's masters and moments of some parameters, in one flat tensor each.
+
+    ``gradients``: (tensor whose ``.grad`` is used, offset in the partition), ascending; together they
+    cover the partition. ``fragments``: where each parameter lies. ``updates``: optimizer steps taken.
+    """
+
+    master: torch.Tensor
+    gradients: list[tuple[torch.Tensor, int]]
+    fragments: list[Fragment]
+    exp_avg: torch.Tensor = field(init=False)
+    exp_avg_sq: torch.Tensor = field(init=False)
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+
+
+class Clocks:
+    """Birth of every vector: the number of updates done when its Adam clock was last restarted.
+
+    Replicated on all ranks and never communicated: a restart writes an integer. Index 0 belongs to
+    everything that is not a vector of a factor and is never restarted.
+    """
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.first = 1 + np.cumsum(rows) - rows
+        self.births = np.zeros(1 + int(rows.sum()), dtype=np.int64)
+        self.version = 0
+
+    def restart(self, vectors: VectorSet, updates: int) -> None:
+        """The next update is the first of these vectors."""
+        self.births[self.first[vectors.factors] + vectors.rows] = updates
+        self.version += 1
+
+    def load(self, births: np.ndarray) -> None:
+        """Take over saved births, int64 of the same length."""
+        self.births[:] = births
+        self.version += 1
+
+
+class ForwardCopy(Protocol):
+    """What the forward pass reads: the low-precision (or only) copy of the factors."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, vectors: VectorSet) -> torch.Tensor | None:
+        """Packed values on this rank, without communication; None where they are sharded."""
+
+    def write(self, vectors: VectorSet, packed: torch.Tensor) -> None:
+        """Overwrite the vectors wherever this rank holds a part of them."""
+
+
+class FlatForwardCopy:
+    """Forward copies that are whole on every rank and lie in one flat tensor (ZeRO 0, 1, 2, dense)."""
+
+    def __init__(self, flat: torch.Tensor, offsets: np.ndarray) -> None:
+        self.flat, self.offsets = flat, offsets
+        self.dtype, self.device = flat.dtype, flat.device
+
+    def read(self, vectors: VectorSet) -> torch.Tensor:
+        return self.flat.index_select(0, self._index(vectors))
+
+    def write(self, vectors: VectorSet, packed: torch.Tensor) -> None:
+        self.flat.index_copy_(0, self._index(vectors), packed.to(self.dtype))
+
+    def _index(self, vectors: VectorSet) -> torch.Tensor:
+        starts = self.offsets[vectors.factors] + vectors.rows * vectors.lengths
+        return element_index(starts, vectors.lengths, self.device)
+
+
+class OptimizerStateView:
+    """The verbs of a method on sharded optimizer state.
+
+    Every rank of the data-parallel group calls every verb with the same vectors; only ``read``
+    communicates. ``factors`` lists A and Bᵀ of matrix 0, A and Bᵀ of matrix 1, …
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[torch.nn.Parameter],
+        partitions: list[FlatPartition],
+        forward: ForwardCopy,
+        group: Any,
+        masters_sharded: bool,
+    ) -> None:
+        self.partitions, self.forward = partitions, forward
+        self.group, self.masters_sharded = group, masters_sharded
+        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
+        self.clocks = Clocks(np.array([shape[0] for shape in shapes], dtype=np.int64))
+        self._windows = [_windows(partition, factors) for partition in partitions]
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.partitions[0].updates
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of masters and moments."""
+        return self.partitions[0].master.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward pass runs, and where packed values live."""
+        return self.forward.device
+
+    def read(
+        self, vectors: VectorSet, forward: VectorSet, beside: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masters of ``vectors``, forward values of ``forward`` and the sum of ``beside`` over ranks.
+
+        One all-reduce carries whatever is not already here. ``beside`` is a packed tensor of the
+        caller in which each rank filled what it owns and left zeros elsewhere. All three come back
+        packed, in the precision of the masters, on ``device``.
+        """
+        values = self.forward.read(forward)
+        wanted = vectors if values is not None else vectors + forward
+        buffer = torch.zeros(wanted.numel + beside.numel(), dtype=self.dtype, device=self.device)
+        self._fill(buffer[: wanted.numel], wanted)
+        buffer[wanted.numel :] = beside
+        sum_over(buffer if self.masters_sharded else buffer[wanted.numel :], self.group)
+        masters, rest = buffer[: vectors.numel], buffer[vectors.numel :]
+        if values is not None:
+            return masters, values.to(self.dtype), rest
+        rounded = rest[: forward.numel].to(self.forward.dtype).to(self.dtype)
+        return masters, rounded, rest[forward.numel :]
+
+    def write(self, vectors: VectorSet, packed: torch.Tensor) -> None:
+        """Overwrite masters and forward copies; moments and clocks stay."""
+        for partition, (here, there) in zip(self.partitions, self._locate(vectors), strict=True):
+            source = packed.to(partition.master.device)
+            partition.master.index_copy_(0, here, source.index_select(0, there).to(partition.master.dtype))
+        self.forward.write(vectors, packed)
+
+    def zero(self, vectors: VectorSet) -> None:
+        """Zero exp_avg and exp_avg_sq of the vectors."""
+        for partition, (here, _) in zip(self.partitions, self._locate(vectors), strict=True):
+            partition.exp_avg.index_fill_(0, here, 0)
+            partition.exp_avg_sq.index_fill_(0, here, 0)
+
+    def restart_clock(self, vectors: VectorSet) -> None:
+        """The next update is update 1 of these vectors for Adam's bias correction."""
+        self.clocks.restart(vectors, self.updates)
+
+    def _fill(self, packed: torch.Tensor, vectors: VectorSet) -> None:
+        for partition, (here, there) in zip(self.partitions, self._locate(vectors), strict=True):
+            values = partition.master.index_select(0, here).to(packed.device, non_blocking=True)
+            packed.index_copy_(0, there.to(packed.device), values)
+
+    def _locate(self, vectors: VectorSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per partition: element indices in it, and in the packed values, of what this rank owns."""
+        found = []
+        for partition, (offsets, starts, sizes) in zip(self.partitions, self._windows, strict=True):
+            chosen = vectors.factors
+            element = vectors.rows * vectors.lengths
+            skipped, left = clip_runs(element, vectors.lengths, starts[chosen], sizes[chosen])
+            own = left > 0
+            here = (offsets[chosen] + element + skipped - starts[chosen])[own]
+            there = (vectors.offsets + skipped)[own]
+            device = partition.master.device
+            found.append((element_index(here, left[own], device), element_index(there, left[own], device)))
+        return found
+
+
+def _windows(
+    partition: FlatPartition, factors: Sequence[torch.nn.Parameter]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per factor: offset in the partition, first element owned, elements owned (0: none here)."""
+    position = {id(p): i for i, p in enumerate(factors)}
+    table = np.zeros((3, len(factors)), dtype=np.int64)
+    for fragment in partition.fragments:
+        if id(fragment.parameter) in position:
+            table[:, position[id(fragment.parameter)]] = (fragment.offset, fragment.start, fragment.numel)
+    return table[0], table[1], table[2]

@@ -1,0 +1,20 @@
+"""The registry: one line per method, and the only place that knows them by name."""
+
+from __future__ import annotations
+
+from megalowrank.errors import ConfigError, nearest
+from megalowrank.methods.base import Method
+from megalowrank.methods.full_rank import FullRank
+from megalowrank.methods.lora import LoRA
+from megalowrank.methods.switchlora import SwitchLoRA
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FullRank, LoRA, SwitchLoRA)}
+
+
+def method_class(name: str) -> type[Method]:
+    """The method called ``name``; ConfigError names the closest one otherwise."""
+    if name not in METHODS:
+        hint = nearest(name, METHODS)
+        allowed = ", ".join(METHODS) + (f" (did you mean {hint}?)" if hint else "")
+        raise ConfigError("--method is unknown", repr(name), allowed)
+    return METHODS[name]

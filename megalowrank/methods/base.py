@@ -1,0 +1,104 @@
+"""The seam: what a method is, and everything it may touch.
+
+A method is a policy that acts between optimizer steps. It owns no layer, no optimizer and no training
+loop; it reaches the model and the sharded state only through the verbs of its ``Context``.
+
+Life of a run: ``adapters`` says what to build; ``initialise`` sets factors and W on the whole float
+model, before an engine casts or shards it; ``start`` runs once on the engine's state; then
+``before_step(t)`` once for every update index t, before its first forward pass. t counts committed
+updates: after a skipped update the same t is not announced again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
+from megalowrank.lowrank.pool import HostAllocator
+from megalowrank.lowrank.state import OptimizerStateView
+
+
+@dataclass
+class Context:
+    """Everything a method may touch. ``layers`` are in the order of their global index."""
+
+    layers: Sequence[LowRankFactors]
+    state: OptimizerStateView
+    seed: int
+    train_iters: int
+    data_rank: int
+    data_size: int
+    allocate_host: HostAllocator
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What a method wants built: the rank and scale of the linears that ``patterns`` name."""
+
+    spec: LowRankSpec
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a method for the checkpoint: rows first, first + step, … of a logical [rows, length]."""
+
+    name: str
+    shape: tuple[int, int]
+    first: int
+    step: int
+    rows: torch.Tensor
+
+
+class Method:
+    """Base of all methods: trains whatever requires a gradient and does nothing between steps."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def adapters(self) -> Adapters | None:
+        """What to build into the linears; None leaves them plain and trainable."""
+        return None
+
+    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
+        """Set factors and W of the whole, unsharded float32 (or float64) model; every rank alike.
+
+        ``dtype`` is the precision of the forward pass. Returns warnings for the user.
+        """
+        return []
+
+    def start(self, ctx: Context) -> None:
+        """Called once when the engine's state exists, before step 0 or before ``load_state_dict``."""
+
+    def before_step(self, step: int, ctx: Context) -> None:
+        """Called before the first forward pass of update ``step`` (0-based, committed updates)."""
+
+    def lr_scale(self, step: int) -> float:
+        """Factor on the learning rate of update ``step``."""
+        return 1.0
+
+    def counters(self) -> dict[str, float]:
+        """The method's own numbers for a log line, since the last call."""
+        return {}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank by category, beside weights and optimizer state."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Replicated state as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+    def saved_tensors(self) -> list[SavedTensor]:
+        """Sharded state; the tensors are views, so that a load writes through them."""
+        return []

@@ -1,0 +1,82 @@
+"""LoRA pre-training: W frozen, y = x Wᵀ + s · (x Aᵀ) B, factors trained like any other weight.
+
+Paper: Hu et al. 2021, LoRA; the initialisation ``switchlora`` is eq. (3) of SwitchLoRA (Zhou et al. 2024).
+Deviations: s = alpha / r with alpha 1 by default, as the SwitchLoRA experiments have it; with the
+``switchlora`` initialisation s·B·A is subtracted from W in float32, after A and B are rounded to the
+precision of the forward pass, so that the initial function is that of the plain model.
+
+Bounds of the uniform distributions, for W [m, n] and rank r, gain = √(1/3):
+  classic     A: 1/√n;                         B: 0
+  switchlora  A: √3·(r·√m / n^1.5)^¼·√gain;    B: √3·(r / √(m·n))^¼·√gain
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megalowrank.config import at_least, flag
+from megalowrank.errors import ConfigError
+from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
+from megalowrank.methods.base import Adapters, Method
+from megalowrank.parallel.rng import generator
+
+
+@dataclass
+class LoRAConfig:
+    """Rank, scale, start and place of the factors."""
+
+    lora_rank: int = flag(128, "rank r of every adapted matrix")
+    lora_alpha: float = flag(1.0, "scale of the low-rank term is alpha / r")
+    lora_init: str = flag("switchlora", "how the factors start", choices=("switchlora", "classic"))
+    lora_target: list = flag(
+        ["q", "k", "v", "o", "gate", "up", "down"], "matrices to adapt: names or shell patterns", nargs="+"
+    )
+
+    def check(self) -> None:
+        """Ranges of single values."""
+        at_least("lora-rank", self.lora_rank, 1)
+        if self.lora_alpha <= 0:
+            raise ConfigError("--lora-alpha is out of range", self.lora_alpha, "> 0")
+
+
+def bounds(init: str, rank: int, out_features: int, in_features: int) -> tuple[float, float]:
+    """(bound of A, bound of B) of the uniform start, from the logical shape."""
+    m, n = out_features, in_features
+    if init == "classic":
+        return 1 / math.sqrt(n), 0.0
+    gain = math.sqrt(math.sqrt(1 / 3))
+    bound_A = math.sqrt(3) * (rank * math.sqrt(m) / n**1.5) ** 0.25 * gain
+    bound_B = math.sqrt(3) * (rank / math.sqrt(m * n)) ** 0.25 * gain
+    return bound_A, bound_B
+
+
+def draw(bound: float, shape: tuple[int, int], *key: object) -> torch.Tensor:
+    """Uniform float32 values in [-bound, bound), drawn whole and keyed by name."""
+    if bound == 0:
+        return torch.zeros(shape)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator(*key))
+
+
+class LoRA(Method):
+    """Plain low-rank adapters; nothing happens between steps."""
+
+    name = "lora"
+    config_class = LoRAConfig
+
+    def adapters(self) -> Adapters:
+        rank = self.config.lora_rank
+        return Adapters(LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target))
+
+    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
+        """Draw A and B and take s·B·A out of W."""
+        for layer in layers:
+            bound_A, bound_B = bounds(self.config.lora_init, layer.rank, layer.out_features, layer.in_features)
+            with torch.no_grad():
+                layer.A.copy_(draw(bound_A, (layer.rank, layer.in_features), seed, layer.name, "A").to(dtype))
+                layer.Bt.copy_(draw(bound_B, (layer.rank, layer.out_features), seed, layer.name, "B").to(dtype))
+                layer.fold(-layer.Bt, layer.A)
+        return []

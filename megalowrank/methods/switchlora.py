@@ -1,0 +1,242 @@
+"""SwitchLoRA: before every step a few vectors of A and B change places with candidates.
+
+Paper: Zhou et al. 2024, SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information (alg. 1 and 2).
+Deviations from the public implementation (asfsdsf/SwitchLoRA):
+- A switch happens before the forward pass of a step, not between its backward pass and the optimizer. The function is
+  the same, so every gradient is, except those of the frozen counterparts, which also no longer weigh in the clipping norm.
+- The pool is a FIFO of the C - r spare vectors (C = min(m, n)) and holds masters; correct for every k, also k > C - r.
+- Random order draws among the spare vectors only; a vector that just left cannot come back in the same step.
+- W is folded with the values that the forward pass sees, so that the function is kept exactly, not to rounding.
+- Draws are a pure function of (seed, step, layer); freeze 0 means that states are reset but nothing is frozen.
+- The clock of a vector counts executed updates; a skipped step switches nothing and advances nothing.
+
+One step, for each matrix W [m, n], with rate(t) in (0, 1]:
+  k = ⌊x⌋ + Bernoulli(x - ⌊x⌋), x = r · rate(t) / interval, at most ⌊r/2⌋ minus what is frozen;
+  for the next k positions i of A:  W += s · b_i (a_i - a_i')ᵀ; a_i <- a_i' from the pool, a_i goes into the pool;
+  for the next k positions j of B:  W += s · (b_j - b_j') a_jᵀ; likewise;
+  the counterparts b_i and a_j lose moments and clock and get no gradient for ``freeze`` steps.
+A vector that comes in keeps moments and clock of the one it replaces. Positions of B run ⌊r/2⌋ ahead of those of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalowrank.config import at_least, flag
+from megalowrank.errors import ConfigError
+from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.pool import CandidatePools
+from megalowrank.methods.base import Context, SavedTensor
+from megalowrank.methods.lora import LoRA, LoRAConfig, bounds, draw
+from megalowrank.methods.switch_plan import Geometry, SwitchPlan, arcs, make_plan
+from megalowrank.parallel.rng import generator, uniform
+
+_BLOCK = 256
+
+
+@dataclass
+class SwitchLoRAConfig(LoRAConfig):
+    """How often vectors are switched, and what happens to their counterparts."""
+
+    switch_interval: int = flag(40, "steps after which each vector has been switched once, at the start", unit="steps")
+    switch_descent_rate: float = flag(0.1, "share of the run after which switching is down to 30 % (or 50 %: sigmoid)")
+    switch_freeze_steps: int = flag(5, "steps for which a counterpart gets no gradient", unit="steps")
+    switch_schedule: str = flag("exponential", "how the rate falls", choices=("exponential", "sigmoid", "constant"))
+    switch_order: str = flag("fifo", "which candidate comes next", choices=("fifo", "random"))
+    offload_candidates: bool = flag(True, "keep candidates in host memory")
+
+    def check(self) -> None:
+        """Ranges, and that a position is not switched again while it is frozen."""
+        super().check()
+        at_least("switch-interval", self.switch_interval, 1)
+        at_least("switch-freeze-steps", self.switch_freeze_steps, 0)
+        if not self.switch_descent_rate > 0:
+            raise ConfigError("--switch-descent-rate is out of range", self.switch_descent_rate, "> 0")
+        if self.switch_interval < 2 * self.switch_freeze_steps:
+            raise ConfigError(
+                "--switch-interval is shorter than twice --switch-freeze-steps",
+                f"{self.switch_interval} and {self.switch_freeze_steps}",
+                f"an interval of at least {2 * self.switch_freeze_steps}",
+            )
+
+
+def switch_rate(schedule: str, step: np.ndarray, descent_steps: float) -> np.ndarray:
+    """Rate of switching at 0-based update ``step``, relative to 1 / interval."""
+    if schedule == "constant":
+        return np.ones(len(step))
+    if schedule == "sigmoid":
+        return 1.0 / (1.0 + np.exp(np.minimum(10.0 / descent_steps * (step - descent_steps), 700.0)))
+    return np.maximum(0.3 ** ((step + 1) / descent_steps), 1e-8)
+
+
+class SwitchLoRA(LoRA):
+    """LoRA whose vectors are switched with candidates."""
+
+    name = "switchlora"
+    config_class = SwitchLoRAConfig
+
+    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
+        """As LoRA; warns about matrices that can never switch."""
+        warnings = super().initialise(layers, seed, dtype)
+        stuck = [
+            layer.name for layer in layers if layer.rank < 2 or layer.rank >= min(layer.out_features, layer.in_features)
+        ]
+        if stuck:
+            sample = ", ".join(stuck[:3]) + (", …" if len(stuck) > 3 else "")
+            warnings.append(
+                f"{len(stuck)} of {len(layers)} matrices can never switch at rank {layers[0].rank} "
+                f"(it must be at least 2 and below both sizes): {sample}"
+            )
+        return warnings
+
+    def start(self, ctx: Context) -> None:
+        """Draw the candidates and set counters to the start of a run."""
+        self.geometry = Geometry.of(ctx.layers)
+        matrices = len(ctx.layers)
+        self.switched = np.zeros(matrices, dtype=np.int64)
+        self.history = np.zeros((max(self.config.switch_freeze_steps, 1), matrices), dtype=np.int64)
+        self._planned: tuple[int, SwitchPlan] | None = None
+        self._block: tuple[int, np.ndarray] | None = None
+        self._moved = 0
+        self._layers = ctx.layers
+        self.pools = CandidatePools(
+            np.repeat(self.geometry.spare, 2),
+            self.geometry.lengths,
+            ctx.data_rank,
+            ctx.data_size,
+            ctx.allocate_host if self.config.offload_candidates else _on(ctx.state.device),
+            ctx.state.dtype,
+            ctx.state.device,
+        )
+        for j, layer in enumerate(ctx.layers):
+            slots = int(self.geometry.spare[j])
+            limits = bounds(self.config.lora_init, layer.rank, layer.out_features, layer.in_features)
+            for side in (0, 1):
+                shape = (slots, int(self.geometry.lengths[2 * j + side]))
+                self.pools.fill(2 * j + side, draw(limits[side], shape, ctx.seed, layer.name, "candidates", side))
+
+    def before_step(self, step: int, ctx: Context) -> None:
+        """Switch, freeze, and start moving the candidates of the next step to the device."""
+        planned, self._planned = self._planned, None
+        plan = planned[1] if planned is not None and planned[0] == step else self._plan(step, ctx)
+        if len(plan.outgoing):
+            self._switch(plan, ctx)
+        self._advance(plan.counts)
+        following = self._plan(step + 1, ctx)
+        self.pools.prefetch(following.fetched)
+        self._planned = (step + 1, following)
+
+    def _switch(self, plan: SwitchPlan, ctx: Context) -> None:
+        fetched = self.pools.take(plan.fetched)
+        outgoing, seen, fetched = ctx.state.read(plan.outgoing, plan.touched, fetched)
+        incoming = plan.incoming(outgoing, fetched)
+        self._fold(plan, seen, incoming.to(ctx.state.forward.dtype).to(seen.dtype))
+        ctx.state.write(plan.outgoing, incoming)
+        ctx.state.zero(plan.counterparts)
+        ctx.state.restart_clock(plan.counterparts)
+        self.pools.put(*plan.stored(outgoing))
+        self._moved += len(plan.outgoing)
+
+    def _fold(self, plan: SwitchPlan, seen: torch.Tensor, incoming: torch.Tensor) -> None:
+        """Take the incoming vectors out of W and put the outgoing ones in, one product per matrix."""
+        seen.index_add_(0, plan.changed(seen.device), incoming, alpha=-1)
+        for j, v_start, u_start, vectors in plan.blocks:
+            layer = self._layers[j]
+            v_KN = seen[v_start : v_start + vectors * layer.in_features].view(vectors, layer.in_features)
+            u_KM = seen[u_start : u_start + vectors * layer.out_features].view(vectors, layer.out_features)
+            layer.fold(u_KM, v_KN)
+
+    def _plan(self, step: int, ctx: Context) -> SwitchPlan:
+        counts = self._counts(step, ctx)
+        order = self._random_slots(step, counts, ctx) if self.config.switch_order == "random" else None
+        return make_plan(self.geometry, counts, self.switched, order)
+
+    def _counts(self, step: int, ctx: Context) -> np.ndarray:
+        """k of every matrix at ``step``, int64 [matrices]."""
+        descent = self.config.switch_descent_rate * ctx.train_iters
+        rate = switch_rate(self.config.switch_schedule, np.array([step]), descent)[0]
+        expected = self.geometry.ranks / (self.config.switch_interval / rate)
+        whole = np.floor(expected)
+        counts = (whole + (self.draws(step, ctx) < expected - whole)).astype(np.int64)
+        frozen = self.history[1:].sum(0) if self.config.switch_freeze_steps else 0
+        limit = np.where(self.geometry.spare > 0, self.geometry.ranks // 2 - frozen, 0)
+        return np.minimum(counts, limit)
+
+    def draws(self, step: int, ctx: Context) -> np.ndarray:
+        """The uniform draw of every matrix at ``step``: the only randomness of the schedule."""
+        block = step // _BLOCK
+        if self._block is None or self._block[0] != block:
+            steps = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+            indices = np.array([layer.index for layer in ctx.layers])
+            self._block = (block, uniform(ctx.seed, "switch", steps, indices))
+        return self._block[1][step % _BLOCK]
+
+    def _random_slots(self, step: int, counts: np.ndarray, ctx: Context) -> list[np.ndarray]:
+        """For each matrix a random order of as many distinct slots as it needs."""
+        found = []
+        for layer, count, spare in zip(ctx.layers, counts, self.geometry.spare, strict=True):
+            if not count:
+                found.append(np.zeros(0, dtype=np.int64))
+                continue
+            source = generator(ctx.seed, "slots", step, layer.index)
+            found.append(torch.randperm(int(spare), generator=source)[: min(count, spare)].numpy())
+        return found
+
+    def _advance(self, counts: np.ndarray) -> None:
+        """Move the pointers and close the gates of the counterparts."""
+        self.switched += counts
+        self.history[:-1] = self.history[1:]
+        self.history[-1] = counts
+        if not self.config.switch_freeze_steps:
+            return
+        frozen, ranks = self.history.sum(0), self.geometry.ranks
+        stop = self.switched % ranks
+        ahead = (self.switched + ranks // 2) % ranks
+        for j, layer in enumerate(self._layers):
+            layer.gate_Bt.frozen = arcs(int(stop[j]), int(frozen[j]), layer.rank)
+            layer.gate_A.frozen = arcs(int(ahead[j]), int(frozen[j]), layer.rank)
+
+    def counters(self) -> dict[str, float]:
+        moved, self._moved = self._moved, 0
+        return {"switched_vectors": moved}
+
+    def memory(self) -> dict[str, int]:
+        where = "candidates (host)" if self.config.offload_candidates else "candidates (device)"
+        return {where: self.pools.nbytes}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"switched": self.switched.tolist(), "history": self.history.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        history = np.array(state["history"], dtype=np.int64)
+        if history.shape != self.history.shape or len(state["switched"]) != len(self.switched):
+            raise ConfigError(
+                "the checkpoint was made with another --switch-freeze-steps or other adapted matrices",
+                f"history {history.shape}",
+                self.history.shape,
+            )
+        self._planned = None
+        counts = history[-1].copy()
+        self.switched[:] = np.array(state["switched"]) - counts
+        self.history[1:] = history[:-1]
+        self._advance(counts)
+
+    def saved_tensors(self) -> list[SavedTensor]:
+        found = []
+        for j, layer in enumerate(self._layers):
+            slots = int(self.geometry.spare[j])
+            for side, factor in ((2 * j, "A"), (2 * j + 1, "B")):
+                shape = (slots, int(self.geometry.lengths[side]))
+                if slots:
+                    rows = self.pools.local(side)
+                    found.append(SavedTensor(f"{layer.name}.{factor}", shape, self.pools.rank, self.pools.world, rows))
+        return found
+
+
+def _on(device: torch.device) -> Any:
+    return lambda numel, dtype: torch.empty(numel, dtype=dtype, device=device)

@@ -1,0 +1,141 @@
+"""From configuration to a model with weights: logical names, which matrices are adapted, initial values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+from megalowrank.config import ModelConfig
+from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.fold import RESIDUAL_DTYPES
+from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
+from megalowrank.lowrank.select import adapted, check_patterns
+from megalowrank.methods.base import Adapters, Method
+from megalowrank.models.llama import Chosen, Llama, projections
+from megalowrank.parallel.rng import generator
+
+PARTS = {
+    "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """A tensor as the whole model knows it: elements [start, start + numel of shape) of a parameter."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass
+class BuiltModel:
+    """A model with its adapted matrices in global order and the logical names of all its tensors."""
+
+    module: Llama
+    layers: list[LowRankFactors]
+    tensors: list[LogicalTensor]
+    warnings: list[str]
+
+
+def build_llama(
+    config: ModelConfig,
+    method: Method,
+    *,
+    length: int,
+    seed: int,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    forward_dtype: torch.dtype | None = None,
+    fold_residual: str = "int16",
+) -> BuiltModel:
+    """Build and initialise a LLaMA on the CPU; every rank gets the same weights whatever its layout.
+
+    ``length`` is the longest sequence, ``dtype`` the precision of this model, ``forward_dtype`` that of
+    the forward pass if an engine casts it. Raises ConfigError for patterns that match nothing.
+    """
+    chosen = _choose(config, method.adapters())
+    module = Llama(config, length, chosen, recompute, dtype)
+    layers, tensors = _name(module)
+    for tensor in tensors:
+        _draw(tensor, seed, config.init_method_std)
+    forward_dtype = forward_dtype or dtype
+    warnings = method.initialise(layers, seed, forward_dtype)
+    if forward_dtype == torch.bfloat16:
+        for folded in {id(layer.weight): layer.weight for layer in layers}.values():
+            folded.keep_residual(RESIDUAL_DTYPES[fold_residual])
+    return BuiltModel(module, layers, tensors, warnings)
+
+
+def _choose(config: ModelConfig, adapters: Adapters | None) -> list[Chosen]:
+    """Which projection of which block gets factors."""
+    blocks = projections(config)
+    if adapters is None:
+        return [dict.fromkeys(blocks) for _ in range(config.num_layers or 0)]
+    chosen: list[Chosen] = []
+    names: list[str] = []
+    for number in range(config.num_layers or 0):
+        choice: Chosen = {}
+        for projection, parts in blocks.items():
+            logical = [f"layers.{number}.{projection.split('.')[0]}.{part}" for part, _ in parts]
+            names += logical
+            choice[projection] = adapters.spec if adapted(projection, logical, adapters.patterns) else None
+        chosen.append(choice)
+    check_patterns(adapters.patterns, names)
+    return chosen
+
+
+def _name(module: Llama) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
+    """Give every matrix its logical name and global index, and list all logical tensors."""
+    layers: list[LowRankFactors] = []
+    tensors = [LogicalTensor("embedding.weight", module.embedding.weight, 0, tuple(module.embedding.weight.shape))]
+    for number, block in enumerate(module.layers):
+        for norm in ("input_layernorm", "pre_mlp_layernorm"):
+            weight = block.get_submodule(norm).weight
+            tensors.append(LogicalTensor(f"layers.{number}.{norm}.weight", weight, 0, tuple(weight.shape)))
+        for part, paths in PARTS.items():
+            for path in paths:
+                _name_linear(block.get_submodule(path), f"layers.{number}.{part}", layers, tensors)
+    for name in ("norm", "output"):
+        weight = module.get_submodule(name).weight
+        tensors.append(LogicalTensor(f"{name}.weight", weight, 0, tuple(weight.shape)))
+    for vocabulary in (module.embedding.weight, module.output.weight):
+        set_tensor_model_parallel_attributes(vocabulary, True, 0, 1)
+    return layers, tensors
+
+
+def _name_linear(
+    linear: LowRankColumnParallelLinear | LowRankRowParallelLinear,
+    prefix: str,
+    layers: list[LowRankFactors],
+    tensors: list[LogicalTensor],
+) -> None:
+    columns, row = linear.weight.shape[1], 0
+    split = 0 if isinstance(linear, LowRankColumnParallelLinear) else 1
+    set_tensor_model_parallel_attributes(linear.weight, True, split, 1)
+    for name, rows in linear.blocks:
+        tensors.append(LogicalTensor(f"{prefix}.{name}.weight", linear.weight, row * columns, (rows, columns)))
+        row += rows
+    for factors in linear.factors:
+        factors.name, factors.index = f"{prefix}.{factors.name}", len(layers)
+        layers.append(factors)
+        set_tensor_model_parallel_attributes(factors.A if split else factors.Bt, True, 1, 1)
+        for factor, parameter in (("A", factors.A), ("B", factors.Bt)):
+            tensors.append(LogicalTensor(f"{factors.name}.{factor}", parameter, 0, tuple(parameter.shape)))
+
+
+@torch.no_grad()
+def _draw(tensor: LogicalTensor, seed: int, std: float) -> None:
+    """N(0, std) for matrices, ones for norms, drawn whole and keyed by the logical name."""
+    if not tensor.name.endswith(".weight"):
+        return
+    count = torch.Size(tensor.shape).numel()
+    target = tensor.parameter.data.view(-1)[tensor.start : tensor.start + count]
+    if len(tensor.shape) == 1:
+        target.fill_(1.0)
+    else:
+        target.copy_(torch.empty(count).normal_(0.0, std, generator=generator(seed, tensor.name)))
