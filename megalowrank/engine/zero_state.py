@@ -75,11 +75,6 @@ def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
     return lambda: _sharded_weight(parameter)
 
 
-def logical_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The unsharded shape of a parameter."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Copy masters into the forward copies of all ``parameters``, after masters were loaded.
 
@@ -101,12 +96,6 @@ def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[torch.
         persistent = [p for p in parameters if p.ds_persist]
         if persistent:
             persistent[0].all_gather(persistent)
-
-
-def refresh_persistent(parameter: torch.nn.Parameter) -> None:
-    """After a frozen weight's local shard was written: update the gathered copy, if there is one."""
-    if getattr(parameter, "ds_persist", False):
-        parameter.all_gather([parameter])
 
 
 def _plain(zero: Any, factors: Factors) -> ZeroLayout:

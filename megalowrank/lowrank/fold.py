@@ -94,7 +94,13 @@ class FoldedWeight:
             begin, end = max(first, low), min(first + step, high)
             if begin < end:
                 self._add_rows(piece, begin, end, u_KM[:, begin // columns - row_start :], v_KN, scale)
-        if piece.mirror is not None and low < high:
+        if low < high:
+            self.update_mirror()
+
+    def update_mirror(self) -> None:
+        """Bring the second copy of W, if there is one, in line with the first."""
+        piece = self.locate()
+        if piece.mirror is not None:
             copy, offset = piece.mirror
             copy.copy_(piece.flat[offset : offset + copy.numel()])
 

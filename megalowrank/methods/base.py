@@ -80,6 +80,9 @@ class Method:
     def before_step(self, step: int, ctx: Context) -> None:
         """Called before the first forward pass of update ``step`` (0-based, committed updates)."""
 
+    def settle(self, ctx: Context) -> None:
+        """Bring W to what evaluation and export must see."""
+
     def lr_scale(self, step: int) -> float:
         """Factor on the learning rate of update ``step``."""
         return 1.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megalowrank.errors import ConfigError
 
 
 def group_size(group: Any) -> int:
@@ -41,3 +44,31 @@ def _device(group: Any) -> torch.device:
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
+
+
+def from_first_rank(compute: Callable[[], str], group: Any, rank: int) -> str:
+    """Text that rank 0 computes, on every rank; a ConfigError of rank 0 is raised on all of them.
+
+    For work that one rank should do alone, such as hashing files. Every rank of ``group`` calls it.
+    """
+    answer = ""
+    if rank == 0:
+        try:
+            answer = "+" + compute()
+        except ConfigError as error:
+            answer = "-" + str(error)
+    if group_size(group) > 1:
+        answer = _broadcast(answer, group, rank)
+    if answer.startswith("-"):
+        raise ConfigError(answer[1:])
+    return answer[1:]
+
+
+def _broadcast(text: str, group: Any, rank: int) -> str:
+    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(_device(group))
+    size = torch.tensor([data.numel() if rank == 0 else 0], dtype=torch.int64, device=data.device)
+    dist.all_reduce(size, group=group)
+    if rank != 0:
+        data = torch.zeros(int(size.item()), dtype=torch.uint8, device=data.device)
+    dist.broadcast(data, src=dist.get_global_rank(group, 0), group=group)
+    return bytes(data.cpu().tolist()).decode()

@@ -124,7 +124,7 @@ def dense(case: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def deepspeed_config(case: dict[str, Any], world: int) -> dict[str, Any]:
-    zero = {"stage": case["stage"], **case.get("zero", {})}
+    zero = {"stage": case["stage"], "memory_efficient_linear": False, **case.get("zero", {})}
     return {
         "train_batch_size": 4 * case.get("micro", 1),
         "train_micro_batch_size_per_gpu": 4 // world,

@@ -1,0 +1,165 @@
+"""The training loop: one for every method, engine and model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megalowrank.config import DataConfig, OutputConfig, TrainConfig
+from megalowrank.data.sampler import BatchSampler
+from megalowrank.engine.engine import Engine, StepResult
+from megalowrank.engine.metrics import MetricsWriter, Progress
+from megalowrank.engine.schedule import learning_rate
+from megalowrank.engine.timing import Stopwatch
+from megalowrank.errors import TrainingError
+from megalowrank.methods.base import Context, Method
+from megalowrank.parallel.collectives import mean_over
+
+
+@dataclass
+class Position:
+    """Where a run stands. ``step`` counts committed updates, ``attempts`` also the skipped ones."""
+
+    step: int = 0
+    attempts: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped because loss or gradient was not finite."""
+        return self.attempts - self.step
+
+
+@dataclass
+class Loop:
+    """Everything one run needs. ``save`` writes a checkpoint at the current position; all ranks call it."""
+
+    engine: Engine
+    method: Method
+    ctx: Context
+    train: TrainConfig
+    data: DataConfig
+    output: OutputConfig
+    lr: float
+    micro_batch_size: int
+    accumulation: int
+    train_samples: BatchSampler
+    eval_samples: BatchSampler | None
+    metrics: MetricsWriter
+    progress: Progress
+    memory: Callable[[], int]
+    save: Callable[[Position], None]
+    bytes_per_token: float | None
+    flops_per_token: float
+    peak_flops: float | None
+    position: Position = field(default_factory=Position)
+
+    def run(self) -> dict[str, Any]:
+        """Train to ``train_iters`` (or ``exit_interval``), evaluate and save; returns the last evaluation."""
+        self._step_clock, self._method_clock = time.perf_counter(), Stopwatch(self.engine.device)
+        self._logged = Position(self.position.step, self.position.attempts)
+        last = self.train.train_iters
+        if self.train.exit_interval is not None:
+            last = min(last, self.position.step + self.train.exit_interval)
+        announced, saved = -1, self.position.step
+        while self.position.step < last:
+            step = self.position.step
+            if announced != step:
+                with self._method_clock.measure():
+                    self.method.before_step(step, self.ctx)
+                announced = step
+            result = self._update(step)
+            if not result.applied:
+                continue
+            self._log(result, self.position.step == last)
+            if self._due(self.data.eval_interval) and self.position.step < last:
+                self.evaluate()
+            if self._due(self.output.save_interval):
+                self.save(self.position)
+                saved = self.position.step
+        evaluation = self.evaluate()
+        if self.output.save and saved < self.position.step:
+            self.save(self.position)
+        self.progress.close()
+        return evaluation
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.position.step % interval == 0
+
+    def _update(self, step: int) -> StepResult:
+        """One attempt; a skipped one takes its batch with it and counts against the budget."""
+        ranks = self.ctx.data_rank, self.ctx.data_size
+        batches = [
+            self.train_samples.micro_batch(self.position.attempts, i, self.micro_batch_size, *ranks)
+            for i in range(self.accumulation)
+        ]
+        lr = learning_rate(step, self.lr, self.train) * self.method.lr_scale(step)
+        result = self.engine.train_step(batches, lr)
+        self._lr = lr
+        self.position.attempts += 1
+        if result.applied:
+            self.position.step += 1
+            return result
+        self.metrics.write({"step": step, "skipped": self.position.skipped, "loss": float(result.loss)})
+        if self.position.skipped > self.train.max_skipped_steps:
+            raise TrainingError(
+                f"{self.position.skipped} updates were skipped because loss or gradient was not finite "
+                f"(--max-skipped-steps {self.train.max_skipped_steps}), the last one at step {step}"
+            )
+        return result
+
+    def _log(self, result: StepResult, final: bool) -> None:
+        step = self.position.step
+        if step % self.output.log_interval and not final:
+            return
+        loss, now = float(result.loss), time.perf_counter()
+        seconds, updates = now - self._step_clock, self.position.attempts - self._logged.attempts
+        tokens_each = self.train_samples.global_batch_size * self.train.seq_length
+        rate = updates * tokens_each / seconds
+        line = {
+            "step": step,
+            "loss": loss,
+            "lr": self._lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.position.attempts * tokens_each,
+            "tokens_per_second": rate,
+            "step_time_ms": 1000.0 * seconds / updates,
+            "method_time_ms": 1000.0 * self._method_clock.take() / updates,
+            "memory_bytes": self.memory(),
+            "skipped": self.position.skipped,
+            "tflops_per_rank": rate * self.flops_per_token / self.ctx.data_size / 1e12,
+            **self.method.counters(),
+        }
+        if self.peak_flops is not None:
+            line["mfu"] = line["tflops_per_rank"] * 1e12 / self.peak_flops
+        self.metrics.write(line)
+        self.progress.update(step, loss, rate)
+        self._logged = Position(step, self.position.attempts)
+        self._step_clock = time.perf_counter()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Mean held-out loss over ``eval_iters`` global batches (fewer if there are fewer), nats per token."""
+        samples = self.eval_samples
+        if samples is None or self.data.eval_iters == 0:
+            return {}
+        started = time.perf_counter()
+        self.method.settle(self.ctx)
+        ranks = self.ctx.data_rank, self.ctx.data_size
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        batches = min(self.data.eval_iters, max(samples.batches_per_epoch, 1))
+        for batch in range(batches):
+            for i in range(self.accumulation):
+                total += self.engine.eval_step(samples.micro_batch(batch, i, self.micro_batch_size, *ranks))
+        self.engine.end_evaluation()
+        loss = float(mean_over(total, self.engine.group)) / (batches * self.accumulation)
+        found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
+        if self.bytes_per_token is not None:
+            found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        self.metrics.write(found)
+        self.progress.note(", ".join(f"{key} {value:.4f}" for key, value in found.items() if key != "step"))
+        self._step_clock += time.perf_counter() - started
+        return found

@@ -1,0 +1,118 @@
+"""Saving and resuming a run: tensors by ``checkpoint.shards``, everything else as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalowrank.checkpoint.io import Checkpoint, find_auto, save_checkpoint
+from megalowrank.checkpoint.shards import RunTensors
+from megalowrank.config import OutputConfig
+from megalowrank.engine.engine import Engine
+from megalowrank.engine.loop import Position
+from megalowrank.errors import ConfigError
+from megalowrank.methods.base import Method
+from megalowrank.parallel.collectives import all_true, from_first_rank
+from megalowrank.parallel.groups import Groups
+
+# what a resumed run must share with the one that was saved: (section of run.json, fields)
+MUST_AGREE = (
+    ("model", None),
+    ("train", ("method", "seed", "seq_length", "global_batch_size", "bf16", "fold_residual")),
+)
+
+
+@dataclass(frozen=True)
+class GroupRanks:
+    """The ranks of a job as the checkpoint writer wants them."""
+
+    groups: Groups
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.groups.rank
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.groups.world
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        all_true(True, self.groups.data)
+
+    def all_ok(self, ok: bool) -> bool:
+        """Whether all ranks pass True."""
+        return all_true(ok, self.groups.data)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What saving and loading touch. ``run`` is the resolved configuration, written into every checkpoint."""
+
+    engine: Engine
+    method: Method
+    tensors: RunTensors
+    groups: Groups
+    run: dict[str, Any]
+
+    def saver(self, output: OutputConfig) -> Callable[[Position], None]:
+        """A function that writes a checkpoint at a position; every rank calls it."""
+
+        def save(position: Position) -> None:
+            state = {
+                "attempts": position.attempts,
+                "updates": self.engine.state.updates,
+                "method_state": self.method.state_dict(),
+                "run": self.run,
+            }
+            root = Path(output.save or ".")
+            ranks = GroupRanks(self.groups)
+            save_checkpoint(root, position.step, self.tensors.pieces(), state, ranks, output.keep_last)
+
+        return save
+
+    def load(self, output: OutputConfig) -> Position:
+        """Resume what ``--load`` names; a fresh start if it is 'auto' and there is nothing yet.
+
+        Every rank calls it. Raises ConfigError for a damaged checkpoint or one of another run.
+        """
+        if output.load is None:
+            return Position()
+        path = from_first_rank(lambda: _find(output), self.groups.data, self.groups.rank)
+        if not path:
+            return Position()
+        checkpoint = Checkpoint.open(Path(path), verify=False)
+        self._compare(checkpoint.state["run"], checkpoint.path.name)
+        self.tensors.load(checkpoint)
+        self.tensors.set_updates(int(checkpoint.state["updates"]))
+        self.method.load_state_dict(checkpoint.state["method_state"])
+        self.engine.reload()
+        return Position(checkpoint.step, int(checkpoint.state["attempts"]))
+
+    def _compare(self, saved: dict[str, Any], name: str) -> None:
+        for section, fields in MUST_AGREE:
+            for key in fields or self.run[section]:
+                if key == "preset":
+                    continue
+                if saved[section].get(key) != self.run[section].get(key):
+                    raise ConfigError(
+                        f"--{key.replace('_', '-')} differs from the checkpoint {name}",
+                        self.run[section].get(key),
+                        saved[section].get(key),
+                    )
+
+
+def _find(output: OutputConfig) -> str:
+    """The checkpoint to resume, verified; empty for a fresh start."""
+    if output.load != "auto":
+        return str(Checkpoint.open(Path(output.load or ".")).path)
+    found, refused = find_auto(Path(output.save or "."))
+    for reason in refused:
+        print(f"not resumed: {reason}", flush=True)
+    if found is None and refused:
+        raise ConfigError("--load auto finds no intact checkpoint", f"{len(refused)} damaged ones in {output.save}")
+    return "" if found is None else str(found)
