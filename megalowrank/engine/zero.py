@@ -57,8 +57,10 @@ class ZeroEngine:
         groups: Groups,
     ) -> None:
         self.group, self.optimizer = groups.data, optimizer
-        self.config = config
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
+        clip = config.get("gradient_clipping", 0.0)
+        plain = config["zero_optimization"]["stage"] == 0 and not config.get("bf16", {}).get("enabled", False)
+        settings = {**config, "gradient_clipping": 0.0 if plain else clip}
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -70,8 +72,7 @@ class ZeroEngine:
         for folded in {id(layer.weight): layer.weight for layer in layers}.values():
             folded.bind(zero_state.weight_locator(folded.parameter))
         optimizer.bind(self.layout.partitions, self.state.clocks, factors)
-        optimizer.guard = self.deepspeed.optimizer is optimizer
-        optimizer.clip_grad = config.get("gradient_clipping", 0.0) if optimizer.guard else 0.0
+        optimizer.guard, optimizer.clip_grad = plain, clip if plain else 0.0
 
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
         """One update at learning rate ``lr``; a non-finite loss or gradient skips it on all ranks."""

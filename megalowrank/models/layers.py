@@ -57,8 +57,12 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., H] -> [.., H]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """[.., H] -> [.., H].
+
+        The view makes autograd add up the norm's own gradient terms before it adds the residual's, so that
+        the sum does not depend on what an engine wraps around the module.
+        """
+        return F.rms_norm(x.view_as(x), self.weight.shape, self.weight, self.eps)
 
 
 def rotary_angles(head_size: int, length: int, base: float, dtype: torch.dtype) -> torch.Tensor:
