@@ -232,10 +232,14 @@ def effective_rank(values: np.ndarray) -> int:
 
 
 def draw_spectrum(run: Run, checkpoint: Checkpoint, out: Path) -> None:
-    """Singular values of the change of W over the largest one, and the effective ranks as lines of text."""
+    """Singular values of the change of W over the largest one, and the effective ranks as lines of text.
+
+    Factors that start at zero change W by rank r at most; those that start at random and are taken out of W, 2r.
+    """
     found = list(spectra(run, checkpoint))
     method = run.config.get("method_config")
-    rank = method.get("lora_rank") if isinstance(method, dict) else None
+    method = method if isinstance(method, dict) else {}
+    rank = method.get("lora_rank")
     blocks = list(dict.fromkeys(name.split(".")[1] for name, _ in found))
     figure, axes = new_figure(f"Change of W at update {checkpoint.step}: {run.title}", columns=len(blocks))
     colors = plt.get_cmap("tab10")
@@ -251,6 +255,8 @@ def draw_spectrum(run: Run, checkpoint: Checkpoint, out: Path) -> None:
         ax.axhline(SMALL, color="#999999", linestyle=":", linewidth=1.2)
         if rank:
             ax.axvline(rank, color="#333333", linestyle="--", linewidth=1.2, label=f"r = {rank}")
+        if rank and method.get("lora_init") == "switchlora":
+            ax.axvline(2 * rank, color="#333333", linestyle=":", linewidth=1.2, label="2r: reach without switches")
         ax.set(yscale="log", xlabel="index of the singular value", ylabel="singular value / largest")
         ax.set(title=f"block {block}", ylim=(1e-5, 1.6))
         ax.legend(frameon=False, fontsize=8)

@@ -53,7 +53,9 @@ class Trace:
                 self.data = {key: data[key] for key in data.files}
             rank, interval, freeze, descent, steps, self.lr = self.data["meta"].tolist()
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ConfigError(f"{path} is not a SwitchLoRA trace", type(error).__name__, "a .npz file with 'meta'") from None
+            raise ConfigError(
+                f"{path} is not a SwitchLoRA trace", type(error).__name__, "a .npz file with 'meta'"
+            ) from None
         self.rank, self.interval, self.freeze = int(rank), int(interval), int(freeze)
         self.descent, self.steps = descent, int(steps)
         self.matrices = sorted(int(m.group(1)) for key in self.data if (m := re.fullmatch(r"W0_(\d+)", key)))
@@ -183,9 +185,7 @@ def replay(trace: Trace, stage: int) -> Comparison:
     }
     engine = ZeroEngine(model, layers, optimizer, settings, groups)
     method = TracedSwitchLoRA(config)
-    ctx = Context(
-        layers, engine.state, 0, trace.steps, groups.data_rank, groups.data_size, host_allocator(False)
-    )
+    ctx = Context(layers, engine.state, 0, trace.steps, groups.data_rank, groups.data_size, host_allocator(False))
     method.start(ctx)
     method.begin(trace, layers)
     found = Comparison()
@@ -199,12 +199,19 @@ def replay(trace: Trace, stage: int) -> Comparison:
 
 
 def snapshot(
-    found: Comparison, trace: Trace, step: int, method: TracedSwitchLoRA, engine: ZeroEngine, layers: list[LowRankFactors]
+    found: Comparison,
+    trace: Trace,
+    step: int,
+    method: TracedSwitchLoRA,
+    engine: ZeroEngine,
+    layers: list[LowRankFactors],
 ) -> None:
     """Compare everything at one step."""
     clocks = engine.state.clocks
     for j, (layer, matrix) in enumerate(zip(layers, trace.matrices, strict=True)):
-        found.close("W", whole_weight(layer, engine).view(layer.out_features, -1), trace.tensor(f"W_{matrix}", f"t{step}"))
+        found.close(
+            "W", whole_weight(layer, engine).view(layer.out_features, -1), trace.tensor(f"W_{matrix}", f"t{step}")
+        )
         for side, (name, parameter, gate) in enumerate((("A", layer.A, layer.gate_A), ("B", layer.Bt, layer.gate_Bt))):
             for kind, prefix, attribute in ((name, "", "master"), ("m", "m", "exp_avg"), ("v", "v", "exp_avg_sq")):
                 expected = trace.tensor(f"{prefix}{name}_{matrix}", f"t{step}", transpose=side == 1)

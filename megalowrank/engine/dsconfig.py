@@ -166,7 +166,9 @@ def _take_over(asked: dict[str, Any], train: TrainConfig, given: set[str]) -> Tr
         if value != AUTO and name in given and getattr(train, name) != value:
             flag = f"--{name.replace('_', '-')}"
             got = f"{shown(getattr(train, name))} and {shown(value)}"
-            raise ConfigError(f"{flag} and {key} of the DeepSpeed JSON contradict each other", got, "one, or the same")
+            raise ConfigError(
+                f"{flag} and {key} of the DeepSpeed JSON contradict each other", got, "one of them, or the same value"
+            )
     train = replace(train, **{name: value for name, (_, value) in sources.items() if value != AUTO})
     _check_optimizer(optimizer, "optimizer" in asked, train)
     return train

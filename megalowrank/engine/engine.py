@@ -13,7 +13,7 @@ from megalowrank.lowrank.state import OptimizerStateView
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update: mean loss over all ranks and micro-batches (scalar tensor), global gradient norm, whether it was applied."""
+    """One update: mean loss over ranks and micro-batches (scalar), global gradient norm, whether it was applied."""
 
     loss: torch.Tensor
     grad_norm: float

@@ -103,6 +103,7 @@ class Loop:
         self.position.attempts += 1
         if result.applied:
             self.position.step += 1
+            self.progress.advance()
             return result
         self.metrics.write({"step": step, "skipped": self.position.skipped, "loss": float(result.loss)})
         if self.position.skipped > self.train.max_skipped_steps:
@@ -137,7 +138,7 @@ class Loop:
         if self.peak_flops is not None:
             line["mfu"] = line["tflops_per_rank"] * 1e12 / self.peak_flops
         self.metrics.write(line)
-        self.progress.update(step, loss, rate)
+        self.progress.report(loss, rate)
         self._logged = Position(step, self.position.attempts)
         self._step_clock = time.perf_counter()
 
@@ -160,6 +161,6 @@ class Loop:
         if self.bytes_per_token is not None:
             found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         self.metrics.write(found)
-        self.progress.note(", ".join(f"{key} {value:.4f}" for key, value in found.items() if key != "step"))
+        self.progress.line(", ".join(f"{key} {value:.4f}" for key, value in found.items() if key != "step"))
         self._step_clock += time.perf_counter() - started
         return found

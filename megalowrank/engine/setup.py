@@ -18,7 +18,7 @@ from megalowrank.cli import RunConfig, parse
 from megalowrank.config import ModelConfig, TrainConfig
 from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
-from megalowrank.engine.loop import Loop
+from megalowrank.engine.loop import Loop, Position
 from megalowrank.engine.metrics import MetricsWriter, Progress
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.report import Report
@@ -64,15 +64,16 @@ def pretrain(argv: Sequence[str], build: Builder, program: str) -> None:
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups.data_rank), groups, run)
     position = state.load(config.output)
     report = Report(model_config, train, model, engine, method, resolved, groups)
-    loop = assemble(config, resolved, corpus, ctx, method, engine, report)
-    loop.position, loop.save = position, state.saver(config.output)
+    loop = assemble(config, resolved, corpus, ctx, method, engine, report, position)
+    loop.save = state.saver(config.output)
     folder = output_folder(config)
     if rank == 0:
         write_run(folder, run)
-        report.print_start(model.warnings, corpus, position)
-    loop.metrics.truncate_from(position.step)
+        print(report.start(corpus, position), flush=True)
+    loop.metrics.truncate_from(position.step + 1)
     evaluation = loop.run()
-    report.print_end(evaluation, corpus)
+    if rank == 0:
+        print(report.end(evaluation, corpus), flush=True)
     engine.close()
     torch.distributed.destroy_process_group()
 
@@ -110,8 +111,9 @@ def assemble(
     method: Method,
     engine: ZeroEngine,
     report: Report,
+    position: Position,
 ) -> Loop:
-    """The loop of this rank; position and ``save`` are set by the caller."""
+    """The loop of this rank; ``save`` is set by the caller."""
     folder = output_folder(config)
     main = int(os.environ["RANK"]) == 0
     return Loop(
@@ -127,12 +129,13 @@ def assemble(
         train_samples=corpus.train,
         eval_samples=corpus.valid,
         metrics=MetricsWriter(None if folder is None else folder / "metrics.jsonl", main),
-        progress=Progress(resolved.train.train_iters, 0, main),
+        progress=Progress(resolved.train.train_iters, position.step, main),
         memory=report.current_memory,
         save=lambda position: None,
         bytes_per_token=corpus.bytes_per_token,
         flops_per_token=report.flops_per_token,
         peak_flops=report.peak_flops,
+        position=position,
     )
 
 

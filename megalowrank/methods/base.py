@@ -91,6 +91,10 @@ class Method:
         """The method's own numbers for a log line, since the last call."""
         return {}
 
+    def candidates(self) -> str | None:
+        """Where spare vectors are kept: host, device, or None if the method has none."""
+        return None
+
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by category, beside weights and optimizer state."""
         return {}

@@ -3,7 +3,7 @@
 Paper: Zhou et al. 2024, SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information (alg. 1 and 2).
 Deviations from the public implementation (asfsdsf/SwitchLoRA):
 - A switch happens before the forward pass of a step, not between its backward pass and the optimizer. The function is
-  the same, so every gradient is, except those of the frozen counterparts, which also no longer weigh in the clipping norm.
+  the same, so every gradient is, except those of the frozen counterparts, which no longer weigh in the clipping norm.
 - The pool is a FIFO of the C - r spare vectors (C = min(m, n)) and holds masters; correct for every k, also k > C - r.
 - Random order draws among the spare vectors only; a vector that just left cannot come back in the same step.
 - W is folded with the values that the forward pass sees, so that the function is kept exactly, not to rounding.
@@ -205,9 +205,11 @@ class SwitchLoRA(LoRA):
         moved, self._moved = self._moved, 0
         return {"switched_vectors": moved}
 
+    def candidates(self) -> str:
+        return "host" if self.config.offload_candidates else "device"
+
     def memory(self) -> dict[str, int]:
-        where = "candidates (host)" if self.config.offload_candidates else "candidates (device)"
-        return {where: self.pools.nbytes}
+        return {f"candidates ({self.candidates()})": self.pools.nbytes}
 
     def state_dict(self) -> dict[str, Any]:
         return {"switched": self.switched.tolist(), "history": self.history.tolist()}

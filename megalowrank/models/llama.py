@@ -104,7 +104,7 @@ def block_spec(blocks: dict[str, Blocks], chosen: Chosen) -> ModuleSpec:
 
 
 def token_losses(logits_SBV: torch.Tensor, labels_SB: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token [S, B]. megatron-core's version always works in float32, so float64 takes torch's."""
+    """Cross-entropy of every token [S, B]; float64 takes torch's, since megatron-core's works in float32."""
     if logits_SBV.dtype == torch.float64:
         return F.cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), reduction="none").view_as(labels_SB)
     return vocab_parallel_cross_entropy(logits_SBV, labels_SB)

@@ -46,17 +46,3 @@ def _train(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
     engine.close()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return {"losses": losses, "norms": norms, "stage": resolved.stage, "accumulation": resolved.accumulation}
-
-
-def train_each_safe(cases):
-    initialize_distributed(None)
-    groups = initialize_groups(ParallelConfig())
-    out = []
-    for case in cases:
-        try:
-            out.append(_train(case, groups))
-        except Exception as e:
-            import traceback
-            out.append({"error": repr(e)[:300] + traceback.format_exc()[-400:]})
-        gc.collect()
-    return out

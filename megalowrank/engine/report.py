@@ -1,0 +1,103 @@
+"""What a run prints before its first step and after its last."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megalowrank.config import ModelConfig, TrainConfig
+from megalowrank.engine import memory
+from megalowrank.engine.corpus import Corpus
+from megalowrank.engine.dsconfig import Resolved
+from megalowrank.engine.loop import Position
+from megalowrank.engine.zero import ZeroEngine
+from megalowrank.methods.base import Method
+from megalowrank.models import accounting
+from megalowrank.models.build import BuiltModel
+from megalowrank.parallel.groups import Groups
+
+
+class Report:
+    """Tables of one run, printed by the first rank; FLOPs for the log lines of every rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        train: TrainConfig,
+        model: BuiltModel,
+        engine: ZeroEngine,
+        method: Method,
+        resolved: Resolved,
+        groups: Groups,
+    ) -> None:
+        self.config, self.train, self.model = config, train, model
+        self.engine, self.method, self.groups, self.resolved = engine, method, groups, resolved
+        self.layout = layout_of(train, method, resolved, groups)
+        self.flops_per_token = accounting.flops_per_token(config, method.adapters(), train.seq_length)
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+        self.peak_flops = accounting.peak_flops(name)
+
+    def current_memory(self) -> int:
+        """Bytes held now on this rank."""
+        return memory.current_memory(self.engine.device)
+
+    def start(self, corpus: Corpus, position: Position) -> str:
+        """Parameters, bytes, batch and data of the run, and warnings."""
+        resolved, train = self.resolved, self.train
+        lines = [accounting.startup_table(self.config, self.method.adapters(), self.layout), ""]
+        precision = "bfloat16 with float32 masters" if train.bf16 else "float32"
+        lines.append(
+            f"method {train.method}, ZeRO-{resolved.stage}, {precision}, "
+            f"{self.groups.world} rank(s) on {self.engine.device.type}"
+        )
+        lines.append(
+            f"global batch {resolved.global_batch_size} = micro-batch {resolved.micro_batch_size} x accumulation "
+            f"{resolved.accumulation} x data-parallel size {self.groups.data_size}; "
+            f"{resolved.global_batch_size * train.seq_length:,} tokens per update, "
+            f"{self.flops_per_token / 1e6:.1f} MFLOP per token"
+        )
+        if position.step:
+            lines.append(f"resumed at update {position.step} ({position.skipped} skipped so far)")
+        if corpus.unigram_loss is not None:
+            lines.append(f"unigram model of the same tokens: held-out {self._loss(corpus.unigram_loss, corpus)}")
+        lines += [f"warning: {warning}" for warning in self.model.warnings]
+        return "\n".join(lines)
+
+    def end(self, evaluation: dict[str, Any], corpus: Corpus) -> str:
+        """Predicted against measured memory, and the last evaluation against the unigram model."""
+        predicted = accounting.predicted_bytes(self.config, self.method.adapters(), self.layout)
+        measured = memory.measured_bytes(self.engine, self.method, self.model.layers)
+        lines = [*memory.memory_report(predicted, measured)]
+        lines.append(f"{'peak of the process':<24}{accounting.human(memory.peak_memory(self.engine.device)):>28}")
+        if "eval_loss" in evaluation:
+            lines += ["", f"held-out loss:  {self._loss(evaluation['eval_loss'], corpus)}"]
+            if corpus.unigram_loss is not None:
+                lines.append(f"unigram model:  {self._loss(corpus.unigram_loss, corpus)}")
+        return "\n".join(lines)
+
+    def _loss(self, loss: float, corpus: Corpus) -> str:
+        text = f"{loss:.4f} nats per token"
+        if corpus.bytes_per_token is not None:
+            text += f", {loss / math.log(2) / corpus.bytes_per_token:.4f} bits per byte"
+        return text
+
+
+def layout_of(train: TrainConfig, method: Method, resolved: Resolved, groups: Groups) -> accounting.Layout:
+    """What decides which bytes this rank holds."""
+    zero = resolved.deepspeed["zero_optimization"]
+
+    def offloaded(block: str) -> bool:
+        return zero.get(block, {}).get("device", "none") == "cpu"
+
+    return accounting.Layout(
+        stage=resolved.stage,
+        bf16=train.bf16,
+        data_size=groups.data_size,
+        offload_optimizer=offloaded("offload_optimizer"),
+        offload_param=offloaded("offload_param"),
+        residual=train.fold_residual,
+        candidates=method.candidates(),
+        persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+    )
