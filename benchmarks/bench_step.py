@@ -52,13 +52,13 @@ class Contestant:
         )  # fmt: skip
         settings = {"zero_optimization": {"stage": args.zero}}
         resolved = dsconfig.resolve(settings, train, {"bf16", "lr"}, 1, model.hidden_size or 0)
+        groups = initialize_groups(ParallelConfig())
         kind = METHODS[name]
         fields = {"lora_rank": args.rank, "switch_interval": args.interval, "switch_descent_rate": 0.5}
         known = kind.config_class.__dataclass_fields__
         self.method = kind(kind.config_class(**{key: value for key, value in fields.items() if key in known}))
         self.model = build_model(build_llama, model, resolved.train, self.method)
         optimizer = make_optimizer(self.model.module, resolved.train)
-        groups = initialize_groups(ParallelConfig())
         self.engine = ZeroEngine(self.model.module, self.model.layers, optimizer, resolved.deepspeed, groups)
         allocate = host_allocator(True)
         self.ctx = Context(self.model.layers, self.engine.state, train.seed, args.steps, 0, 1, allocate)

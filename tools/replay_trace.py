@@ -117,8 +117,8 @@ class TracedSwitchLoRA(SwitchLoRA):
                 if spare > 0:
                     self.pools.fill(2 * j + side, trace.tensor(name, matrix)[:spare])
 
-    def draws(self, step: int, ctx: Context) -> np.ndarray:
-        return self.trace.data["draws"][min(step, self.trace.steps - 1)][self.trace.matrices]
+    def draws(self, steps: np.ndarray, ctx: Context) -> np.ndarray:
+        return self.trace.data["draws"][np.minimum(steps, self.trace.steps - 1)][:, self.trace.matrices]
 
     def _switch(self, plan: SwitchPlan, ctx: Context) -> None:
         super()._switch(plan, ctx)

@@ -53,7 +53,8 @@ Table = dict[str, Decision]
 _METRICS = "metrics.jsonl is written instead"
 _CHECKPOINTS = "it acts on DeepSpeed's checkpoints, and this project writes its own"
 _REMOVED = "it was removed from DeepSpeed"
-_NVME = "it acts on NVMe, where the state of single vectors cannot be reached"
+_NVME_STATE = "on NVMe the state of single vectors cannot be reached"
+_NVME = "it acts on NVMe; " + _NVME_STATE
 _FOLDS = "it is not tested with weights that are folded in place"
 _OTHER_OPTIMIZER = "optimizer state is reset per vector, which only the built-in AdamW can do"
 _LINEAR = "it replaces torch's linear by one whose saving frozen weights do not need"
@@ -69,7 +70,7 @@ def _elements(stages: tuple[int, ...], minimum: int = 0, auto: bool = False, mul
     return Value("int", minimum, stages=stages, auto=auto, multiple=multiple)
 
 
-_DEVICE = Value("text", choices=("none", "cpu"), reason=_NVME)
+_DEVICE = Value("text", choices=("none", "cpu"), reason="only host memory is; " + _NVME_STATE)
 
 OFFLOAD_OPTIMIZER: Table = {
     "device": _DEVICE,

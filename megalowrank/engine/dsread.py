@@ -39,10 +39,9 @@ def check(raw: dict[str, Any], table: Table, path: str = "") -> dict[str, Any]:
         key = f"{path}{_label(name)}"
         decision = table.get(name) if isinstance(name, str) else None
         if decision is None:
-            close = nearest(str(name), table)
-            raise ConfigError(
-                f"{key} is no key of the DeepSpeed JSON", None, f"did you mean {path}{close}" if close else None
-            )
+            close = nearest(name if isinstance(name, str) else "", table)
+            hint = f"; did you mean {path}{close}?" if close else ""
+            raise ConfigError(f"{key} is no key of the DeepSpeed JSON{hint}")
         if isinstance(decision, Value):
             kept[name] = _value(value, decision, key)
         elif isinstance(decision, dict):

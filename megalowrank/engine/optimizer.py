@@ -1,7 +1,8 @@
 """AdamW with one clock per vector, at the speed of torch's fused kernel.
 
-Consecutive vectors that were born at the same update form a *run*; torch's fused AdamW updates all
-runs of a flat partition in one call, each with its own step. Without restarts a partition is one run.
+Consecutive vectors that were born at the same update form a *run*; torch's fused AdamW kernel updates all
+runs of a flat partition in one call, each with its own step (the kernel itself, because the function around it
+costs a multiple of the kernel for hundreds of runs). Without restarts a partition is one run.
 
 Source: AdamW, Loshchilov and Hutter 2019, alg. 2; the clock of a vector is updates - birth.
 """
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.adamw import adamw
 
 from megalowrank.lowrank.state import Clocks, FlatPartition, Fragment
 from megalowrank.lowrank.vectors import element_index
@@ -26,19 +26,21 @@ _LANES = 16
 class _Runs:
     """The cut of a partition for one version of the clocks.
 
-    ``sizes`` of consecutive stretches that cover it, ``keep`` those updated in place, ``steps`` their clocks.
+    ``sizes`` of consecutive stretches that cover it, ``keep`` those updated in place (None: all), ``ages`` the
+    updates that each run has behind it and ``steps`` views of them, one for every stretch in ``keep``.
     """
 
     version: int
     sizes: list[int]
-    keep: list[int]
+    keep: list[int] | None
+    ages: torch.Tensor
     steps: list[torch.Tensor]
     tails: _Tails | None
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The stretches of a flat tensor that are updated in place."""
         pieces = flat.split(self.sizes)
-        return [pieces[i] for i in self.keep]
+        return list(pieces) if self.keep is None else [pieces[i] for i in self.keep]
 
 
 class _Tails:
@@ -53,7 +55,7 @@ class _Tails:
         chosen = np.flatnonzero(rest)
         self.here = element_index((starts + sizes - rest)[chosen], rest[chosen], like.device)
         self.there = element_index(np.arange(len(chosen)) * _LANES, rest[chosen], like.device)
-        self.steps = [steps[i].clone() for i in chosen.tolist()]
+        self.steps = [steps[i] for i in chosen.tolist()]
         self.scratch = [like.new_zeros(len(chosen) * _LANES) for _ in range(4)]
 
     def load(self, flats: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -134,11 +136,12 @@ class VectorClockAdamW(torch.optim.Optimizer):
         if runs.tails is not None:
             lists = [views + padded for views, padded in zip(lists, runs.tails.load(flats), strict=True)]
             steps = steps + runs.tails.steps
+        runs.ages += 1
         beta1, beta2 = group["betas"]
-        adamw(
+        torch._fused_adamw_(
             lists[0], lists[1], lists[2], lists[3], [], steps,
-            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
         )  # fmt: skip
         if runs.tails is not None:
             runs.tails.store(partition.master, partition.exp_avg, partition.exp_avg_sq)
@@ -174,7 +177,8 @@ def cut_runs(partition: FlatPartition, segments: tuple[np.ndarray, np.ndarray], 
     return _Runs(
         version=clocks.version,
         sizes=stretches[stretches > 0].tolist(),
-        keep=position[2 * body].tolist(),
+        keep=position[2 * body].tolist() if rest.any() else None,
+        ages=ages,
         steps=[steps[i] for i in body.tolist()],
         tails=_Tails(starts[first], sizes, steps, partition.master) if rest.any() else None,
     )

@@ -87,14 +87,13 @@ class FoldedWeight:
     def add(self, row_start: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float) -> None:
         """Rows [row_start, row_start + M) of W += scale · u_KMᵀ v_KN; local, no communication."""
         columns, piece = self.in_features, self.locate()
-        low = max(piece.start, row_start * columns)
-        high = min(piece.start + piece.flat.numel(), (row_start + u_KM.shape[1]) * columns)
-        step = max(1, _CHUNK_ELEMENTS // columns) * columns
-        for first in range(low - low % columns, high, step):
-            begin, end = max(first, low), min(first + step, high)
-            if begin < end:
-                self._add_rows(piece, begin, end, u_KM[:, begin // columns - row_start :], v_KN, scale)
-        if low < high:
+        whole = piece.flat.numel() == self.out_features * columns
+        if whole and self.residual is None and piece.flat.dtype == u_KM.dtype:
+            rows = piece.flat.view(-1, columns)[row_start : row_start + u_KM.shape[1]]
+            rows.addmm_(u_KM.t(), v_KN, alpha=scale)
+        else:
+            self._add_piece(piece, row_start, u_KM, v_KN, scale)
+        if piece.mirror is not None:
             self.update_mirror()
 
     def update_mirror(self) -> None:
@@ -104,19 +103,28 @@ class FoldedWeight:
             copy, offset = piece.mirror
             copy.copy_(piece.flat[offset : offset + copy.numel()])
 
+    def _add_piece(
+        self, piece: WeightPiece, row_start: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float
+    ) -> None:
+        """Add to the elements of ``piece`` that lie in the row block, a bounded number at a time."""
+        columns = self.in_features
+        low = max(piece.start, row_start * columns)
+        high = min(piece.start + piece.flat.numel(), (row_start + u_KM.shape[1]) * columns)
+        step = max(1, _CHUNK_ELEMENTS // columns) * columns
+        for first in range(low - low % columns, high, step):
+            begin, end = max(first, low), min(first + step, high)
+            if begin < end:
+                self._add_rows(piece, begin, end, u_KM[:, begin // columns - row_start :], v_KN, scale)
+
     def _add_rows(
         self, piece: WeightPiece, begin: int, end: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float
     ) -> None:
-        """Elements [begin, end) of W; u_KM starts at the row of ``begin``. Whole rows are done in place."""
+        """Elements [begin, end) of W; u_KM starts at the row of ``begin``."""
         columns = self.in_features
         first_row, last_row = begin // columns, -(-end // columns)
         target = piece.flat[begin - piece.start : end - piece.start]
         residual = None if self.residual is None else self.residual[begin - piece.start : end - piece.start]
         u = u_KM[:, : last_row - first_row]
-        whole = begin == first_row * columns and end == last_row * columns
-        if whole and residual is None and target.dtype == u.dtype:
-            target.view(-1, columns).addmm_(u.t(), v_KN, alpha=scale)
-            return
         value = target.to(u.dtype) if residual is None else join_residual(target, residual).to(u.dtype)
         rows = u.new_zeros((last_row - first_row) * columns)
         inside = rows[begin - first_row * columns : end - first_row * columns]

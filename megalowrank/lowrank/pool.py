@@ -54,6 +54,7 @@ class CandidatePools:
         self._allocate = allocate
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[VectorSet, torch.Tensor] | None = None
+        self._located: tuple[VectorSet, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._outgoing: _Outgoing | None = None
 
     @property
@@ -81,7 +82,7 @@ class CandidatePools:
     def take(self, wanted: VectorSet) -> torch.Tensor:
         """Packed vectors of the slots, zeros where another rank owns them; on ``device``."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and np.array_equal(self._keys(ahead[0]), self._keys(wanted)):
+        if ahead is not None and ahead[0] is wanted:
             packed = ahead[1]
         else:
             self._settle()
@@ -95,7 +96,8 @@ class CandidatePools:
         """Store packed vectors into slots; each rank keeps its own, asynchronously on an accelerator."""
         self._settle()
         here, there = self._locate(where)
-        values = packed.index_select(0, there.to(packed.device)).to(self.buffer.dtype)
+        values = packed if there is None else packed.index_select(0, there.to(packed.device))
+        values = values.to(self.buffer.dtype)
         event = None
         if self._stream is not None and self.buffer.device != values.device:
             staging = self._allocate(values.numel(), values.dtype)
@@ -119,10 +121,13 @@ class CandidatePools:
     def _gather(self, wanted: VectorSet) -> torch.Tensor:
         here, there = self._locate(wanted)
         values = self.buffer.index_select(0, here)
-        if self.world == 1 and self._stream is None:
+        if there is None and self._stream is None:
             return values
-        staging = self._allocate(wanted.numel, self.buffer.dtype).zero_()
-        staging.index_copy_(0, there, values)
+        staging = self._allocate(wanted.numel, self.buffer.dtype)
+        if there is None:
+            staging.copy_(values)
+        else:
+            staging.zero_().index_copy_(0, there, values)
         if self._stream is None or staging.device == self.device:
             return staging.to(self.device)
         with torch.cuda.stream(self._stream):
@@ -131,10 +136,19 @@ class CandidatePools:
     def _keys(self, vectors: VectorSet) -> np.ndarray:
         return vectors.factors * (int(self.slots.max()) + 1) + vectors.rows
 
-    def _locate(self, vectors: VectorSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """Element indices in the buffer and in the packed values of what this rank owns."""
-        own = vectors.rows % self.world == self.rank
-        lengths = vectors.lengths[own]
-        starts = self.bases[vectors.factors[own]] + vectors.rows[own] // self.world * lengths
+    def _locate(self, vectors: VectorSet) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Element indices in the buffer and in the packed values (None: all of them) of what this rank owns."""
+        if self._located is not None and self._located[0] is vectors:
+            return self._located[1]
         device = self.buffer.device
-        return element_index(starts, lengths, device), element_index(vectors.offsets[own], lengths, device)
+        if self.world == 1:
+            starts = self.bases[vectors.factors] + vectors.rows * vectors.lengths
+            found: tuple[torch.Tensor, torch.Tensor | None] = (element_index(starts, vectors.lengths, device), None)
+        else:
+            own = vectors.rows % self.world == self.rank
+            lengths = vectors.lengths[own]
+            starts = self.bases[vectors.factors[own]] + vectors.rows[own] // self.world * lengths
+            there = element_index(vectors.offsets[own], lengths, device)
+            found = (element_index(starts, lengths, device), there)
+        self._located = (vectors, found)
+        return found

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
-from megalowrank.parallel.collectives import sum_over
+from megalowrank.parallel.collectives import group_size, sum_over
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class OptimizerStateView:
         shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
         self.clocks = Clocks(np.array([shape[0] for shape in shapes], dtype=np.int64))
         self._windows = [_windows(partition, factors) for partition in partitions]
+        full = np.array([shape[0] * shape[1] for shape in shapes], dtype=np.int64)
+        self._whole = [np.array_equal(sizes, full) for _, _, sizes in self._windows]
+        self._alone = group_size(group) == 1
+        flat = forward.flat if isinstance(forward, FlatForwardCopy) else None
+        self._one_copy = flat is not None and flat.data_ptr() == partitions[0].master.data_ptr()
+        self._located: tuple[VectorSet, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = None
 
     @property
     def updates(self) -> int:
@@ -151,9 +157,11 @@ class OptimizerStateView:
         packed, in the precision of the masters, on ``device``.
         """
         values = self.forward.read(forward)
+        if values is not None and self._alone:
+            return self._own(vectors), values.to(self.dtype), beside
         wanted = vectors if values is not None else vectors + forward
         buffer = torch.zeros(wanted.numel + beside.numel(), dtype=self.dtype, device=self.device)
-        self._fill(buffer[: wanted.numel], wanted)
+        buffer[: wanted.numel] = self._own(wanted)
         buffer[wanted.numel :] = beside
         sum_over(buffer if self.masters_sharded else buffer[wanted.numel :], self.group)
         masters, rest = buffer[: vectors.numel], buffer[vectors.numel :]
@@ -165,9 +173,10 @@ class OptimizerStateView:
     def write(self, vectors: VectorSet, packed: torch.Tensor) -> None:
         """Overwrite masters and forward copies; moments and clocks stay."""
         for partition, (here, there) in zip(self.partitions, self._locate(vectors), strict=True):
-            source = packed.to(partition.master.device)
-            partition.master.index_copy_(0, here, source.index_select(0, there).to(partition.master.dtype))
-        self.forward.write(vectors, packed)
+            values = packed if there is None else packed.index_select(0, there)
+            partition.master.index_copy_(0, here, values.to(partition.master.device, partition.master.dtype))
+        if not self._one_copy:
+            self.forward.write(vectors, packed)
 
     def zero(self, vectors: VectorSet) -> None:
         """Zero exp_avg and exp_avg_sq of the vectors."""
@@ -179,24 +188,41 @@ class OptimizerStateView:
         """The next update is update 1 of these vectors for Adam's bias correction."""
         self.clocks.restart(vectors, self.updates)
 
-    def _fill(self, packed: torch.Tensor, vectors: VectorSet) -> None:
-        for partition, (here, there) in zip(self.partitions, self._locate(vectors), strict=True):
-            values = partition.master.index_select(0, here).to(packed.device, non_blocking=True)
-            packed.index_copy_(0, there.to(packed.device), values)
+    def _own(self, vectors: VectorSet) -> torch.Tensor:
+        """Packed masters on ``device``, zeros where another rank owns them."""
+        found = self._locate(vectors)
+        if len(found) == 1 and found[0][1] is None:
+            return self.partitions[0].master.index_select(0, found[0][0]).to(self.device, non_blocking=True)
+        packed = torch.zeros(vectors.numel, dtype=self.dtype, device=self.device)
+        for partition, (here, there) in zip(self.partitions, found, strict=True):
+            values = partition.master.index_select(0, here).to(self.device, non_blocking=True)
+            if there is None:
+                packed.copy_(values)
+            else:
+                packed.index_copy_(0, there, values)
+        return packed
 
-    def _locate(self, vectors: VectorSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per partition: element indices in it, and in the packed values, of what this rank owns."""
-        found = []
-        for partition, (offsets, starts, sizes) in zip(self.partitions, self._windows, strict=True):
-            chosen = vectors.factors
-            element = vectors.rows * vectors.lengths
-            skipped, left = clip_runs(element, vectors.lengths, starts[chosen], sizes[chosen])
-            own = left > 0
-            here = (offsets[chosen] + element + skipped - starts[chosen])[own]
-            there = (vectors.offsets + skipped)[own]
-            device = partition.master.device
-            found.append((element_index(here, left[own], device), element_index(there, left[own], device)))
-        return found
+    def _locate(self, vectors: VectorSet) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Per partition: element indices in it and in the packed values (None: all of them) of what is here.
+
+        The answer for the last vectors is kept: a method reads what it then writes.
+        """
+        if self._located is None or self._located[0] is not vectors:
+            found = [self._locate_in(i, vectors) for i in range(len(self.partitions))]
+            self._located = (vectors, found)
+        return self._located[1]
+
+    def _locate_in(self, index: int, vectors: VectorSet) -> tuple[torch.Tensor, torch.Tensor | None]:
+        partition, (offsets, starts, sizes) = self.partitions[index], self._windows[index]
+        chosen, device = vectors.factors, partition.master.device
+        element = vectors.rows * vectors.lengths
+        if self._whole[index]:
+            return element_index(offsets[chosen] + element, vectors.lengths, device), None
+        skipped, left = clip_runs(element, vectors.lengths, starts[chosen], sizes[chosen])
+        own = left > 0
+        here = (offsets[chosen] + element + skipped - starts[chosen])[own]
+        there = (vectors.offsets + skipped)[own]
+        return element_index(here, left[own], device), element_index(there, left[own], self.device)
 
 
 def _windows(

@@ -28,7 +28,7 @@ class VectorSet:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Start of each vector in the packed values."""
-        return np.cumsum(self.lengths) - self.lengths
+        return self.lengths.cumsum() - self.lengths
 
     @cached_property
     def numel(self) -> int:
@@ -51,10 +51,13 @@ def element_index(starts: np.ndarray, lengths: np.ndarray, device: torch.device)
 
     On an accelerator only the runs travel, the indices are expanded there.
     """
-    shift = starts - (np.cumsum(lengths) - lengths)
-    total = int(lengths.sum())
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    shift = starts - ends + lengths
     if device.type == "cpu":
-        return torch.from_numpy(np.repeat(shift, lengths) + np.arange(total))
+        index = shift.repeat(lengths)
+        index += np.arange(total)
+        return torch.from_numpy(index)
     runs = torch.from_numpy(np.stack((shift, lengths))).to(device, non_blocking=True)
     return torch.repeat_interleave(runs[0], runs[1], output_size=total) + torch.arange(total, device=device)
 

@@ -20,11 +20,19 @@ from megalowrank.lowrank.vectors import VectorSet, element_index
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of all matrices: ranks and spare candidates [matrices], lengths of all factors [2 · matrices]."""
+    """Sizes of all matrices: ranks and spare candidates [matrices], lengths of all factors [2 · matrices].
+
+    ``limit`` [matrices] is how many vectors may be frozen or switching at once: half the rank, since positions
+    of A and Bᵀ run half a turn apart, and none without spare candidates.
+    """
 
     ranks: np.ndarray
     spare: np.ndarray
     lengths: np.ndarray
+
+    @cached_property
+    def limit(self) -> np.ndarray:
+        return np.where(self.spare > 0, self.ranks // 2, 0)
 
     @staticmethod
     def of(layers: Sequence[LowRankFactors]) -> Geometry:
@@ -156,4 +164,4 @@ def arcs(stop: int, count: int, size: int) -> list[tuple[int, int]]:
 def _expand(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index i repeated counts[i] times, and the position of each among its equals."""
     repeated = np.repeat(indices, counts)
-    return repeated, np.arange(len(repeated)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return repeated, np.arange(len(repeated)) - np.repeat(counts.cumsum() - counts, counts)

@@ -158,23 +158,25 @@ class SwitchLoRA(LoRA):
 
     def _counts(self, step: int, ctx: Context) -> np.ndarray:
         """k of every matrix at ``step``, int64 [matrices]."""
-        descent = self.config.switch_descent_rate * ctx.train_iters
-        rate = switch_rate(self.config.switch_schedule, np.array([step]), descent)[0]
-        expected = self.geometry.ranks / (self.config.switch_interval / rate)
-        whole = np.floor(expected)
-        counts = (whole + (self.draws(step, ctx) < expected - whole)).astype(np.int64)
+        if self._block is None or self._block[0] != step // _BLOCK:
+            self._block = (step // _BLOCK, self._wanted(step - step % _BLOCK, ctx))
+        counts = self._block[1][step % _BLOCK]
         frozen = self.history[1:].sum(0) if self.config.switch_freeze_steps else 0
-        limit = np.where(self.geometry.spare > 0, self.geometry.ranks // 2 - frozen, 0)
-        return np.minimum(counts, limit)
+        return np.minimum(counts, self.geometry.limit - frozen)
 
-    def draws(self, step: int, ctx: Context) -> np.ndarray:
-        """The uniform draw of every matrix at ``step``: the only randomness of the schedule."""
-        block = step // _BLOCK
-        if self._block is None or self._block[0] != block:
-            steps = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
-            indices = np.array([layer.index for layer in ctx.layers])
-            self._block = (block, uniform(ctx.seed, "switch", steps, indices))
-        return self._block[1][step % _BLOCK]
+    def _wanted(self, first: int, ctx: Context) -> np.ndarray:
+        """What the schedule asks for in a block of steps, before what is frozen limits it [steps, matrices]."""
+        steps = np.arange(first, first + _BLOCK)
+        descent = self.config.switch_descent_rate * ctx.train_iters
+        rate = switch_rate(self.config.switch_schedule, steps, descent)
+        expected = self.geometry.ranks / (self.config.switch_interval / rate[:, None])
+        whole = np.floor(expected)
+        wanted = (whole + (self.draws(steps, ctx) < expected - whole)).astype(np.int64)
+        return np.where(self.geometry.spare > 0, wanted, 0)
+
+    def draws(self, steps: np.ndarray, ctx: Context) -> np.ndarray:
+        """The uniform draw of every matrix at ``steps`` [steps, matrices]: the only randomness of the schedule."""
+        return uniform(ctx.seed, "switch", steps, np.array([layer.index for layer in ctx.layers]))
 
     def _random_slots(self, step: int, counts: np.ndarray, ctx: Context) -> list[np.ndarray]:
         """For each matrix a random order of as many distinct slots as it needs."""
@@ -197,9 +199,10 @@ class SwitchLoRA(LoRA):
         frozen, ranks = self.history.sum(0), self.geometry.ranks
         stop = self.switched % ranks
         ahead = (self.switched + ranks // 2) % ranks
-        for j, layer in enumerate(self._layers):
-            layer.gate_Bt.frozen = arcs(int(stop[j]), int(frozen[j]), layer.rank)
-            layer.gate_A.frozen = arcs(int(ahead[j]), int(frozen[j]), layer.rank)
+        rows = zip(self._layers, frozen.tolist(), stop.tolist(), ahead.tolist(), strict=True)
+        for layer, count, stop_A, stop_B in rows:
+            layer.gate_Bt.frozen = arcs(stop_A, count, layer.rank)
+            layer.gate_A.frozen = arcs(stop_B, count, layer.rank)
 
     def counters(self) -> dict[str, float]:
         moved, self._moved = self._moved, 0
