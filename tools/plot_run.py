@@ -278,10 +278,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the images; default: the run's folder")
     args = parser.parse_args()
     run, out = Run.read(args.run_dir), args.out or args.run_dir
+    checkpoint = find_checkpoint(run, args.checkpoint)
     draw_loss(run, out)
     draw_schedule(run, out)
     draw_switches(run, out)
-    checkpoint = find_checkpoint(run, args.checkpoint)
     if checkpoint is None:
         print("spectrum: the run has saved no checkpoint; name one with --checkpoint")
     else:

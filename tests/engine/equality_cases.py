@@ -1,25 +1,34 @@
-"""Ranks of the equality matrix: the same run under DeepSpeed and on one dense, unsharded process."""
+"""Ranks of the equality matrix: the same run under DeepSpeed and on one dense, unsharded process.
+
+A case is a JSON object: ``method``, ``flags`` of the method, ``bf16``, ``micro`` (micro-batches of a rank per
+update), ``clip``, ``recompute``, ``stage`` and ``zero`` (more keys of ``zero_optimization``).
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from megalowrank.config import ModelConfig, ParallelConfig
 from megalowrank.engine.dense import DenseEngine
-from megalowrank.engine.engine import Engine
+from megalowrank.engine.engine import Engine, StepResult
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
+from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
 from megalowrank.models.build import BuiltModel, build_llama
-from megalowrank.parallel.groups import initialize_groups
+from megalowrank.parallel.collectives import mean_over, sum_over
+from megalowrank.parallel.groups import Groups, initialize_groups
 
-STEPS, LR = 6, 5e-3
+STEPS, LR, SEED = 6, 5e-3, 3
 MODEL = {
     "num_layers": 2, "hidden_size": 12, "ffn_hidden_size": 17, "num_attention_heads": 2, "num_query_groups": 1,
     "vocab_size": 29,
@@ -29,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 5, "lora_init": "classic"},
     "switchlora": {"lora_rank": 5, "switch_interval": 4, "switch_freeze_steps": 2, "switch_descent_rate": 1.0},
 }
+MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+Tensors = dict[str, torch.Tensor]
 
 
 def batch(step: int, micro: int, rows: int = 4) -> torch.Tensor:
@@ -37,90 +48,211 @@ def batch(step: int, micro: int, rows: int = 4) -> torch.Tensor:
     return torch.randint(0, MODEL["vocab_size"], (rows, 10), generator=source)
 
 
-def build(method_name: str, low: bool, overrides: dict[str, Any]) -> tuple[Method, BuiltModel]:
+def build(
+    method_name: str, low: bool, overrides: dict[str, Any], recompute: bool = False, seed: int = SEED
+) -> tuple[Method, BuiltModel]:
     kind = method_class(method_name)
     method = kind(kind.config_class(**{**METHODS[method_name], **overrides}))
-    config = ModelConfig(**MODEL)
     forward = torch.bfloat16 if low else torch.float32
-    return method, build_llama(config, method, length=9, seed=3, forward_dtype=forward)
+    return method, build_llama(
+        ModelConfig(**MODEL), method, length=9, seed=seed, recompute=recompute, forward_dtype=forward
+    )
 
 
-def context(model: BuiltModel, engine: Engine, rank: int, world: int) -> Context:
-    return Context(model.layers, engine.state, 3, STEPS, rank, world, host_allocator(False))
+def context(model: BuiltModel, engine: Engine, rank: int, world: int, seed: int = SEED) -> Context:
+    return Context(model.layers, engine.state, seed, STEPS, rank, world, host_allocator(False))
 
 
-def snapshot(model: BuiltModel, engine: Engine, method: Method, sharded: bool) -> dict[str, torch.Tensor]:
-    """Whole masters, moments, weights and pools, assembled over ranks."""
-    found: dict[str, torch.Tensor] = {}
-    for partition in engine.state.partitions:
-        for fragment in partition.fragments:
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
-                flat = getattr(partition, kind)[fragment.offset : fragment.offset + fragment.numel].cpu()
-                found.setdefault(f"{kind}", torch.zeros(0))
-                name = next(n for n, p in model.module.named_parameters() if p is fragment.parameter)
-                size = int(np.prod(getattr(fragment.parameter, "ds_shape", fragment.parameter.shape)))
-                whole = found.setdefault(f"{kind}/{name}", torch.zeros(size))
-                whole[fragment.start : fragment.start + fragment.numel] = flat
-    for saved in method.saved_tensors():
-        whole = torch.zeros(saved.shape)
-        whole[saved.first :: saved.step] = saved.rows
-        found[f"pool/{saved.name}"] = whole
-    names = [f"{kind}/{n}" for n, p in model.module.named_parameters() if p.requires_grad
-             for kind in ("master", "exp_avg", "exp_avg_sq")]  # fmt: skip
-    for name in names:
-        parameter = dict(model.module.named_parameters())[name.split("/", 1)[1]]
-        size = int(np.prod(getattr(parameter, "ds_shape", parameter.shape)))
-        found.setdefault(name, torch.zeros(size))
-    for kind in ("master", "exp_avg", "exp_avg_sq"):
-        found.pop(kind, None)
-    if sharded and dist.get_world_size() > 1:
-        for name in sorted(found):
-            if engine.state.masters_sharded or name.startswith("pool/"):
-                dist.all_reduce(found[name])
-    for layer in model.layers:
-        found[f"weight/{layer.name}"] = whole_weight(layer)
+# ---------------------------------------------------------------- what is compared
+
+
+def snapshot(model: BuiltModel, engine: Engine, method: Method) -> Tensors:
+    """Whole masters, moments, forward copies, weights with residual, pools and clocks, in float32.
+
+    Collective. ``gathered`` is how far the copies that ZeRO-3 holds whole are from the shards.
+    """
+    local = _optimizer_state(model, engine)
+    sums = dict(local) if engine.state.masters_sharded else {}
+    sums.update(_pools(method))
+    sharded = {name: p for name, p in model.module.named_parameters() if hasattr(p, "ds_tensor")}
+    sums.update({f"shard/{name}": _from_shard(p) for name, p in sharded.items()})
+    weights = {f"weight/{i}": folded for i, folded in enumerate(folded_weights(model))}
+    sums.update({name: _from_piece(folded) for name, folded in weights.items() if not _is_whole(folded)})
+    found = {**local, **_sum_all(sums, engine.group)}
+    found.update({name: folded.value().float().clone() for name, folded in weights.items() if _is_whole(folded)})
+    for name, parameter in model.module.named_parameters():
+        if parameter.requires_grad:
+            shards = found.get(f"shard/{name}")
+            found[f"forward/{name}"] = parameter.data.reshape(-1).float().clone() if shards is None else shards
+    found["gathered"] = torch.tensor([0.0, *_strayed(sharded, found)])
     found["births"] = torch.from_numpy(engine.state.clocks.births.copy())
+    return {name: tensor for name, tensor in found.items() if not name.startswith("shard/")}
+
+
+def folded_weights(model: BuiltModel) -> list[FoldedWeight]:
+    """Every frozen W once, in the order of the model."""
+    return list({id(layer.weight): layer.weight for layer in model.layers}.values())
+
+
+def numel(parameter: torch.nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 has taken it apart."""
+    return int(torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel())
+
+
+def _optimizer_state(model: BuiltModel, engine: Engine) -> Tensors:
+    names = {id(p): n for n, p in model.module.named_parameters()}
+    found = {
+        f"{kind}/{n}": torch.zeros(numel(p))
+        for n, p in model.module.named_parameters() if p.requires_grad for kind in MOMENTS
+    }  # fmt: skip
+    cuts = [(partition, fragment) for partition in engine.state.partitions for fragment in partition.fragments]
+    for partition, fragment in cuts:
+        here = slice(fragment.offset, fragment.offset + fragment.numel)
+        there = slice(fragment.start, fragment.start + fragment.numel)
+        for kind in MOMENTS:
+            found[f"{kind}/{names[id(fragment.parameter)]}"][there] = getattr(partition, kind)[here]
     return found
 
 
-def whole_weight(layer: Any) -> torch.Tensor:
-    """The folded W with its residual, assembled over ranks."""
-    piece = layer.weight.locate()
-    value = layer.weight.value().float().cpu()
-    size = layer.weight.out_features * layer.weight.in_features
-    if value.numel() == size:
-        return value.clone()
-    whole = torch.zeros(size)
-    whole[piece.start : piece.start + value.numel()] = value
-    dist.all_reduce(whole)
+def _pools(method: Method) -> Tensors:
+    found = {}
+    for saved in method.saved_tensors():
+        whole = torch.zeros(saved.shape)
+        whole[saved.first :: saved.step] = saved.rows
+        found[f"pool/{saved.name}"] = whole.view(-1)
+    return found
+
+
+def _from_shard(parameter: Any) -> torch.Tensor:
+    """Zeros with this rank's ZeRO-3 shard in its place."""
+    padded = parameter.ds_tensor.ds_numel
+    start = dist.get_rank(parameter.ds_process_group) * padded
+    own = max(0, min(padded, parameter.ds_numel - start))
+    whole = torch.zeros(parameter.ds_numel)
+    whole[start : start + own] = parameter.ds_tensor.data[:own]
     return whole
 
 
-def train(engine: Engine, method: Method, ctx: Context, micro: int, rank: int, world: int, mean: bool) -> list[float]:
-    """STEPS updates; ``mean`` gives a dense process the ranks' shares as micro-batches."""
-    losses = []
+def _is_whole(folded: FoldedWeight) -> bool:
+    return folded.locate().flat.numel() == folded.out_features * folded.in_features
+
+
+def _from_piece(folded: FoldedWeight) -> torch.Tensor:
+    """Zeros with this rank's part of W in its place."""
+    whole, piece = torch.zeros(folded.out_features * folded.in_features), folded.locate()
+    whole[piece.start : piece.start + piece.flat.numel()] = folded.value()
+    return whole
+
+
+def _sum_all(tensors: Tensors, group: Any) -> Tensors:
+    """Sum over ranks in one collective; exact, as every element has one owner."""
+    if not tensors:
+        return {}
+    flat = sum_over(torch.cat(list(tensors.values())), group)
+    return dict(zip(tensors, flat.split([t.numel() for t in tensors.values()]), strict=True))
+
+
+def _strayed(parameters: dict[str, Any], found: Tensors) -> Iterator[float]:
+    for name, parameter in parameters.items():
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            yield float((parameter.data.reshape(-1).float() - found[f"shard/{name}"]).abs().max())
+
+
+# ---------------------------------------------------------------- the two runs
+
+
+@dataclass
+class Run:
+    """Losses of all updates, the state after the last, and how many vectors the method has switched."""
+
+    losses: list[float]
+    tensors: Tensors
+    switched: int
+    overflowed: bool
+
+
+class GroupedDenseEngine(DenseEngine):
+    """Adds up gradients and losses as data-parallel ranks do, so that the result is the same to the last bit."""
+
+    def train_step(self, micro_batches: Sequence[Any], lr: float) -> StepResult:
+        """``micro_batches`` is a list of groups of (rank, tokens); gradients are added inside a group first."""
+        self.module.train()
+        count = sum(len(group) for group in micro_batches)
+        total, losses = None, []
+        for group in micro_batches:
+            for rank, tokens in group:
+                loss = self.module(tokens)
+                (loss / count).backward()
+                losses.append((rank, loss.detach()))
+            found = [p.grad for p in self._parameters]
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+            for parameter in self._parameters:
+                parameter.grad = None
+        for parameter, gradient in zip(self._parameters, total or [], strict=True):
+            parameter.grad = gradient
+        result = super().train_step([], lr)
+        return StepResult(mean_of_ranks(losses), result.grad_norm, result.applied)
+
+
+def mean_of_ranks(losses: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Mean over ranks of each rank's mean over its micro-batches."""
+    by_rank: dict[int, list[torch.Tensor]] = {}
+    for rank, loss in losses:
+        by_rank.setdefault(rank, []).append(loss)
+    means = [sum(own, torch.zeros(())) / len(own) for own in by_rank.values()]
+    return sum(means, torch.zeros(())) / len(means)
+
+
+def groups_of(case: dict[str, Any], world: int) -> list[list[tuple[int, int]]]:
+    """(micro-batch, rank) in the order in which this ZeRO stage adds gradients up.
+
+    Stages 0 and 1 reduce once per update, so a rank's micro-batches are added first; stages 2 and 3 reduce
+    every micro-batch.
+    """
+    micros, ranks = range(case.get("micro", 1)), range(world)
+    if case["stage"] < 2:
+        return [[(m, r) for m in micros] for r in ranks]
+    return [[(m, r) for r in ranks] for m in micros]
+
+
+def _overflows(method: Method, before: Any) -> bool:
+    """Whether the last ``before_step`` switched more vectors of a matrix than its pool holds."""
+    spare = getattr(method, "geometry", None)
+    return spare is not None and bool(((method.switched - before) > spare.spare).any())
+
+
+def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, shares: Any, evaluate: Any) -> Run:
+    """STEPS updates on ``shares(step)``, then the loss of the first batch again."""
+    losses, overflowed = [], False
     for step in range(STEPS):
+        before = method.switched.copy() if hasattr(method, "switched") else None
         method.before_step(step, ctx)
-        whole = [batch(step, m) for m in range(micro)]
-        if mean:
-            share = [b.chunk(dist.get_world_size())[r] for b in whole for r in range(dist.get_world_size())]
-        else:
-            share = [b.chunk(world)[rank] for b in whole]
-        losses.append(float(engine.train_step(share, LR).loss))
-    return losses
+        overflowed |= _overflows(method, before)
+        losses.append(float(engine.train_step(shares(step), LR).loss))
+    losses.append(float(evaluate(shares(0))))
+    engine.end_evaluation()
+    switched = int(method.switched.sum()) if hasattr(method, "switched") else 0
+    return Run(losses, snapshot(model, engine, method), switched, overflowed)
 
 
-def dense(case: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    low = case.get("bf16", False)
+def dense(case: dict[str, Any], world: int) -> Run:
+    """The case on one process that does the work of ``world`` ranks."""
+    low, order = case.get("bf16", False), groups_of(case, world)
     method, model = build(case["method"], low, case.get("flags", {}))
     if low:
         model.module.bfloat16()
     parameters = [p for p in model.module.parameters() if p.requires_grad]
-    engine = DenseEngine(model.module, model.layers, VectorClockAdamW(parameters), case.get("clip", 0.0))
+    engine = GroupedDenseEngine(model.module, model.layers, VectorClockAdamW(parameters), case.get("clip", 0.0))
     ctx = context(model, engine, 0, 1)
     method.start(ctx)
-    losses = train(engine, method, ctx, case.get("micro", 1), 0, 1, mean=True)
-    return losses, snapshot(model, engine, method, False)
+
+    def shares(step: int) -> list[list[tuple[int, torch.Tensor]]]:
+        return [[(rank, batch(step, micro).chunk(world)[rank]) for micro, rank in group] for group in order]
+
+    def evaluate(groups: list[list[tuple[int, torch.Tensor]]]) -> torch.Tensor:
+        return mean_of_ranks([(rank, engine.eval_step(tokens)) for group in groups for rank, tokens in group])
+
+    return train(model, engine, method, ctx, shares, evaluate)
 
 
 def deepspeed_config(case: dict[str, Any], world: int) -> dict[str, Any]:
@@ -138,33 +270,77 @@ def deepspeed_config(case: dict[str, Any], world: int) -> dict[str, Any]:
     }
 
 
-def sharded(case: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    groups = initialize_groups(ParallelConfig())
-    method, model = build(case["method"], case.get("bf16", False), case.get("flags", {}))
+def make_engine(case: dict[str, Any], model: BuiltModel, groups: Groups) -> ZeroEngine:
     parameters = [p for p in model.module.parameters() if p.requires_grad]
-    optimizer = VectorClockAdamW(parameters)
-    engine = ZeroEngine(model.module, model.layers, optimizer, deepspeed_config(case, groups.data_size), groups)
+    settings = deepspeed_config(case, groups.data_size)
+    return ZeroEngine(model.module, model.layers, VectorClockAdamW(parameters), settings, groups)
+
+
+def sharded(case: dict[str, Any], groups: Groups) -> Run:
+    """The case under DeepSpeed. Collective."""
+    method, model = build(case["method"], case.get("bf16", False), case.get("flags", {}), case.get("recompute", False))
+    engine = make_engine(case, model, groups)
     ctx = context(model, engine, groups.data_rank, groups.data_size)
     method.start(ctx)
-    losses = train(engine, method, ctx, case.get("micro", 1), groups.data_rank, groups.data_size, mean=False)
-    found = snapshot(model, engine, method, True)
+
+    def shares(step: int) -> list[torch.Tensor]:
+        return [batch(step, m).chunk(groups.data_size)[groups.data_rank] for m in range(case.get("micro", 1))]
+
+    def evaluate(own: list[torch.Tensor]) -> torch.Tensor:
+        total = sum((engine.eval_step(tokens) for tokens in own), torch.zeros(()))
+        return mean_over(total.div_(len(own)), groups.data)
+
+    run = train(model, engine, method, ctx, shares, evaluate)
     engine.close()
     gc.collect()
-    return losses, found
+    return run
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def start_ranks() -> Groups:
+    """Join the groups; what is alive now is taken out of the garbage collector's way."""
+    initialize_distributed(None)
+    groups = initialize_groups(ParallelConfig())
+    gc.collect()
+    gc.freeze()
+    return groups
+
+
+def difference(found: Run, expected: Run) -> dict[str, dict[str, float]]:
+    """Per kind of tensor the largest absolute and the root mean square difference; NaN counts as infinite."""
+    pairs: dict[str, list[torch.Tensor]] = {"loss": [torch.tensor(found.losses) - torch.tensor(expected.losses)]}
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        kind = name.split("/")[0]
+        own = found.tensors[name].double()
+        size = max(own.numel(), tensor.numel())
+        pairs.setdefault(kind, []).append(own.resize_(size) - tensor.double() if kind == "gathered" else own - tensor)
+    whole = {kind: torch.nan_to_num(torch.cat(parts), nan=torch.inf) for kind, parts in pairs.items()}
+    return {
+        kind: {"max": float(d.abs().max()), "rms": float(d.square().mean().sqrt())}
+        for kind, d in whole.items() if d.numel()
+    }  # fmt: skip
 
 
 def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Largest absolute difference per kind of tensor, for every case."""
-    initialize_distributed(None)
-    initialize_groups(ParallelConfig())
-    report = []
+    """How far every case under DeepSpeed is from the dense run, and what happened in it."""
+    groups, known, report = start_ranks(), {}, []
     for case in cases:
-        losses, found = sharded(case)
-        expected_losses, expected = dense(case)
-        worst: dict[str, float] = {"loss": max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))}
-        for name, tensor in expected.items():
-            kind = name.split("/")[0]
-            difference = float((found[name].double() - tensor.double()).abs().max()) if tensor.numel() else 0.0
-            worst[kind] = max(worst.get(kind, 0.0), difference)
-        report.append({"case": case, "worst": worst, "moved": float(expected_losses[0] - expected_losses[-1])})
+        found = sharded(case, groups)
+        irrelevant = {"stage": None, "zero": None, "recompute": None}
+        flags = {**case.get("flags", {}), "offload_candidates": True} if case["method"] == "switchlora" else {}
+        key = json.dumps([{**case, **irrelevant, "flags": flags}, groups_of(case, groups.data_size)], sort_keys=True)
+        if key not in known:
+            known[key] = dense(case, groups.data_size)
+        expected = known[key]
+        report.append({
+            "worst": difference(found, expected),
+            "learned": found.losses[0] - found.losses[-1],
+            "switched": [found.switched, expected.switched],
+            "overflowed": found.overflowed,
+            "idle": [n for n, t in found.tensors.items() if n.startswith("exp_avg/") and not t.any()],
+            "print": float(sum(t.double().abs().sum() for n, t in found.tensors.items() if "pool" in n)),
+        })  # fmt: skip
     return report

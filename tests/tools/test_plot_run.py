@@ -141,7 +141,7 @@ def check_image(path: Path) -> None:
     assert 0.3 < background < 0.99
 
 
-@pytest.mark.parametrize(("method", "residual"), [("switchlora", True), ("lora", False), ("full", False)])
+@pytest.mark.parametrize(("method", "residual"), [("switchlora", True), ("full", False)])
 def test_draws_all_images_and_finds_the_known_ranks(tmp_path: Path, plot: Plot, method: str, residual: bool) -> None:
     run, saved = tmp_path / "run", tmp_path / "checkpoints"
     make_run(run, method, residual, saved)
@@ -156,6 +156,32 @@ def test_draws_all_images_and_finds_the_known_ranks(tmp_path: Path, plot: Plot, 
     assert {path.name for path in run.glob("*.png")} == images
     for image in images:
         check_image(run / image)
+
+
+def test_ranks_of_lora_in_float32(tmp_path: Path, plot: Plot) -> None:
+    run, saved = tmp_path / "run", tmp_path / "checkpoints"
+    make_run(run, "lora", False, saved)
+    save_checkpoint(saved, 4000, pieces(1, "lora", False), {}, SoloRanks())
+    read = plot.module.Run.read(run)
+    found = dict(plot.module.spectra(read, plot.module.find_checkpoint(read, None)))
+    assert {n.split(".")[-1]: plot.module.effective_rank(values) for n, values in found.items()} == RANKS
+    np.testing.assert_allclose(found["layers.0.attention.q"][:11], np.logspace(0, -1.3, 11), rtol=1e-5)
+
+
+def test_a_run_that_did_not_move_has_rank_0(tmp_path: Path, plot: Plot) -> None:
+    make_run(tmp_path, "full", False)
+    drawn = torch.empty(8, 6).normal_(0.0, STD, generator=generator(SEED, "layers.0.attention.q.weight"))
+    save_checkpoint(tmp_path, 0, [Piece.whole("master/layers.0.attention.q.weight", drawn)], {}, SoloRanks())
+    result = plot(tmp_path, "--checkpoint", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert ranks_in(result.stdout) == {"layers.0.attention.q": 0}
+
+
+def test_smoothing_is_a_centred_mean(plot: Plot) -> None:
+    values = np.random.default_rng(1).normal(size=300)
+    smooth = plot.module.smooth(values)
+    for i, half in ((0, 0), (1, 1), (150, 3), (298, 1)):
+        assert smooth[i] == pytest.approx(values[i - half : i + half + 1].mean())
 
 
 def test_a_given_checkpoint_and_folder_win(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+# make pretrain   everything from nothing to a pre-trained LLaMA, its loss curve and a checkpoint
+# make test       the test suite            make check   lint and type check
+# make install    only the virtual environment
+PYTHON ?= python3
+VENV ?= .venv
+# On a GPU machine any torch >= 2.6 with CUDA that suits it: make install TORCH=torch
+TORCH ?= torch==2.13.0
+RANKS ?= 2
+ITERS ?= 600
+RUN ?= runs/quickstart
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: install pretrain test check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python 3.10 to 3.12 is needed, this is %d.%d; choose one with make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+pretrain: install
+	$(BIN)/python tools/prepare_sample.py --out $(RUN)/data --vocab-size 2048 --cache .cache
+	$(BIN)/deepspeed --num_accelerators $(RANKS) --log_level warning pretrain_llama.py \
+	  --ds-config ds_configs/zero2_offload.json --method switchlora --preset llama_9m \
+	  --lora-rank 16 --switch-interval 20 --switch-descent-rate 0.3 \
+	  --seq-length 128 --micro-batch-size 16 --lr 2e-2 --lr-warmup-iters 30 --train-iters $(ITERS) \
+	  --data-path $(RUN)/data/shakespeare --tokenizer-model $(RUN)/data/shakespeare.model --split 95,5,0 \
+	  --eval-interval 100 --eval-iters 10 --log-interval 10 \
+	  --save $(RUN)/checkpoints --save-interval 200 --keep-last 2 --load auto --output-dir $(RUN)
+	$(BIN)/python tools/plot_run.py $(RUN) --checkpoint $(RUN)/checkpoints
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megalowrank pretrain_llama.py tools benchmarks
+
+clean:
+	rm -rf runs/quickstart
