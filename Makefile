@@ -10,6 +10,9 @@ ITERS ?= 600
 RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+ifeq ($(shell command -v nvidia-smi),)
+export DS_ACCELERATOR ?= cpu
+endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: install pretrain test check clean

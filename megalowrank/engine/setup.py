@@ -154,6 +154,7 @@ def describe(
         micro_batch_size=resolved.micro_batch_size,
         global_batch_size=resolved.global_batch_size,
     )
+    known = {"unigram_loss": corpus.unigram_loss, "bytes_per_token": corpus.bytes_per_token}
     return {
         "model": dataclasses.asdict(model),
         "train": dataclasses.asdict(train),
@@ -164,8 +165,7 @@ def describe(
         "method_config": dataclasses.asdict(config.method_config),
         "deepspeed": resolved.deepspeed,
         "world_size": groups.world,
-        "unigram_loss": corpus.unigram_loss,
-        "bytes_per_token": corpus.bytes_per_token,
+        **{key: value for key, value in known.items() if value is not None},
         "versions": {"megalowrank": __version__, "torch": str(torch.__version__)},
     }
 

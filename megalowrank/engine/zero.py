@@ -26,7 +26,7 @@ def initialize_distributed(timeout: Any) -> None:
 
     On the CPU DeepSpeed would compile a shared-memory operator here; gloo does without.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 

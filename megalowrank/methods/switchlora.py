@@ -1,7 +1,7 @@
 """SwitchLoRA: before every step a few vectors of A and B change places with candidates.
 
 Paper: Zhou et al. 2024, SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information (alg. 1 and 2).
-Deviations from the public implementation (asfsdsf/SwitchLoRA):
+Deviations: from the public implementation (asfsdsf/SwitchLoRA)
 - A switch happens before the forward pass of a step, not between its backward pass and the optimizer. The function is
   the same, so every gradient is, except those of the frozen counterparts, which no longer weigh in the clipping norm.
 - The pool is a FIFO of the C - r spare vectors (C = min(m, n)) and holds masters; correct for every k, also k > C - r.

@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megalowrank.config import ModelConfig
+from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.fold import RESIDUAL_DTYPES
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
@@ -84,9 +85,23 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> list[Chosen]:
             logical = [f"layers.{number}.{projection.split('.')[0]}.{part}" for part, _ in parts]
             names += logical
             choice[projection] = adapters.spec if adapted(projection, logical, adapters.patterns) else None
+            if choice[projection] is not None:
+                columns = config.ffn_hidden_size if projection == "mlp.down" else config.hidden_size
+                _check_rank(adapters.spec.rank, logical, [rows for _, rows in parts], columns or 0)
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
     return chosen
+
+
+def _check_rank(rank: int, names: list[str], rows: list[int], columns: int) -> None:
+    """Refuse factors that are larger than their matrix."""
+    for name, count in zip(names, rows, strict=True):
+        if rank > min(count, columns):
+            raise ConfigError(
+                f"--lora-rank is larger than the matrix {name} [{count}, {columns}]",
+                rank,
+                f"<= {min(count, columns)}, or a --lora-target that leaves it out",
+            )
 
 
 def _name(module: Llama) -> tuple[list[LowRankFactors], list[LogicalTensor]]:

@@ -28,11 +28,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 0, "sub_group_size": 40,
     }},
 }  # fmt: skip
+OVERFLOW = {"lora_rank": 10, "switch_interval": 2, "switch_freeze_steps": 1, "lora_target": ["o", "gate", "up", "down"]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fifo": {"method": "switchlora"},
     "random": {"method": "switchlora", "flags": {"switch_order": "random"}},
-    "overflow": {"method": "switchlora", "flags": {"lora_rank": 10}},
-    "overflow random": {"method": "switchlora", "flags": {"lora_rank": 10, "switch_order": "random"}},
+    "overflow": {"method": "switchlora", "flags": OVERFLOW},
+    "overflow random": {"method": "switchlora", "flags": {**OVERFLOW, "switch_order": "random"}},
     "freeze 0": {"method": "switchlora", "flags": {"switch_freeze_steps": 0, "switch_interval": 2}},
     "lora": {"method": "lora"},
     "full": {"method": "full"},
