@@ -138,12 +138,15 @@ class RunTensors:
         for folded in self._folded():
             piece = folded.locate()
             whole = piece.flat.numel() == folded.out_features * folded.in_features
-            for tensor in self._by_parameter[id(folded.parameter)]:
-                for part in _overlap("weight", tensor, piece.flat, piece.start):
-                    yield part, whole
-                if folded.residual is not None:
-                    for part in _overlap("residual", tensor, folded.residual, piece.start):
-                        yield part, whole
+            stored = {"weight": piece.flat}
+            if folded.residual is not None:
+                stored["residual"] = folded.residual
+            for kind, flat in stored.items():
+                yield from ((part, whole) for part in self._parts_of(kind, folded, flat, piece.start))
+
+    def _parts_of(self, kind: str, folded: FoldedWeight, flat: torch.Tensor, start: int) -> Iterator[Part]:
+        for tensor in self._by_parameter[id(folded.parameter)]:
+            yield from _overlap(kind, tensor, flat, start)
 
 
 def _overlap(kind: str, tensor: LogicalTensor, stored: torch.Tensor, start: int) -> Iterator[Part]:

@@ -72,7 +72,7 @@ class DenseEngine:
         for parameter in self._parameters:
             parameter.grad = None
         norm = self.optimizer.grad_norm
-        return StepResult(total, float(norm) if norm is not None else float("nan"), self.optimizer.step_applied)
+        return StepResult(total, float("nan") if norm is None else norm, self.optimizer.step_applied)
 
     @torch.no_grad()
     def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,13 @@ from megalowrank.lowrank.state import OptimizerStateView
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update: mean loss over ranks and micro-batches (scalar), global gradient norm, whether it was applied."""
+    """One update: mean loss over ranks and micro-batches (scalar), global gradient norm, whether it was applied.
+
+    Loss and norm may be tensors on the device: reading them waits for it, so that only log lines should.
+    """
 
     loss: torch.Tensor
-    grad_norm: float
+    grad_norm: torch.Tensor | float
     applied: bool
 
 

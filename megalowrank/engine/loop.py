@@ -125,7 +125,7 @@ class Loop:
             "step": step,
             "loss": loss,
             "lr": self._lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "tokens": self.position.attempts * tokens_each,
             "tokens_per_second": rate,
             "step_time_ms": 1000.0 * seconds / updates,

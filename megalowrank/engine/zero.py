@@ -59,7 +59,7 @@ class ZeroEngine:
         self.group, self.optimizer = groups.data, optimizer
         clip = config.get("gradient_clipping", 0.0)
         plain = config["zero_optimization"]["stage"] == 0 and not config.get("bf16", {}).get("enabled", False)
-        settings = {**config, "gradient_clipping": 0.0 if plain else clip}
+        settings = {"log_level": "error", **config, "gradient_clipping": 0.0 if plain else clip}
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)

@@ -49,11 +49,11 @@ def zero_layout(engine: Any, factors: Factors) -> ZeroLayout:
     return readers[type(zero).__name__](zero, factors)
 
 
-def global_grad_norm(engine: Any) -> float:
-    """The norm of the last update's gradient over all ranks, before clipping."""
+def global_grad_norm(engine: Any) -> Any:
+    """The norm of the last update's gradient over all ranks, before clipping: a float or a scalar tensor."""
     zero = engine.optimizer
     norm = zero.grad_norm if hasattr(zero, "grad_norm") else zero._global_grad_norm
-    return float(norm) if norm is not None else float("nan")
+    return float("nan") if norm is None else norm
 
 
 def step_was_applied(engine: Any) -> bool:

@@ -310,18 +310,16 @@ def start_ranks() -> Groups:
 
 def difference(found: Run, expected: Run) -> dict[str, dict[str, float]]:
     """Per kind of tensor the largest absolute and the root mean square difference; NaN counts as infinite."""
-    pairs: dict[str, list[torch.Tensor]] = {"loss": [torch.tensor(found.losses) - torch.tensor(expected.losses)]}
     assert found.tensors.keys() == expected.tensors.keys()
-    for name, tensor in expected.tensors.items():
-        kind = name.split("/")[0]
-        own = found.tensors[name].double()
-        size = max(own.numel(), tensor.numel())
-        pairs.setdefault(kind, []).append(own.resize_(size) - tensor.double() if kind == "gathered" else own - tensor)
-    whole = {kind: torch.nan_to_num(torch.cat(parts), nan=torch.inf) for kind, parts in pairs.items()}
-    return {
-        kind: {"max": float(d.abs().max()), "rms": float(d.square().mean().sqrt())}
-        for kind, d in whole.items() if d.numel()
-    }  # fmt: skip
+    pairs = {"loss": [torch.tensor(found.losses) - torch.tensor(expected.losses)]}
+    for name, tensor in found.tensors.items():
+        reference = 0 if name == "gathered" else expected.tensors[name]
+        pairs.setdefault(name.split("/")[0], []).append(tensor.double() - reference)
+    report = {}
+    for kind, parts in pairs.items():
+        off = torch.nan_to_num(torch.cat(parts), nan=torch.inf)
+        report[kind] = {"max": float(off.abs().max()) if off.numel() else 0.0, "rms": float(off.square().mean().sqrt())}
+    return report
 
 
 def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -329,9 +327,9 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups, known, report = start_ranks(), {}, []
     for case in cases:
         found = sharded(case, groups)
-        irrelevant = {"stage": None, "zero": None, "recompute": None}
-        flags = {**case.get("flags", {}), "offload_candidates": True} if case["method"] == "switchlora" else {}
-        key = json.dumps([{**case, **irrelevant, "flags": flags}, groups_of(case, groups.data_size)], sort_keys=True)
+        flags = {k: v for k, v in case.get("flags", {}).items() if k != "offload_candidates"}
+        same = {"flags": flags, "order": groups_of(case, groups.data_size), "stage": 0, "zero": 0, "name": 0}
+        key = json.dumps({**case, **same, "recompute": 0}, sort_keys=True)
         if key not in known:
             known[key] = dense(case, groups.data_size)
         expected = known[key]
@@ -341,6 +339,6 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "switched": [found.switched, expected.switched],
             "overflowed": found.overflowed,
             "idle": [n for n, t in found.tensors.items() if n.startswith("exp_avg/") and not t.any()],
-            "print": float(sum(t.double().abs().sum() for n, t in found.tensors.items() if "pool" in n)),
+            "pools": [float(t.double().abs().sum()) for n, t in found.tensors.items() if n.startswith("pool/")],
         })  # fmt: skip
     return report
