@@ -10,6 +10,7 @@ Prints one JSON object. On a CUDA device also tokens per second, MFU and peak me
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import statistics
@@ -39,7 +40,13 @@ from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import initialize_groups
 from megalowrank.parallel.launch import set_rank_environment
 
-TINY = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 4, "vocab_size": 256}
+TINY: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
 
 
 class Contestant:
@@ -55,7 +62,7 @@ class Contestant:
         groups = initialize_groups(ParallelConfig())
         kind = METHODS[name]
         fields = {"lora_rank": args.rank, "switch_interval": args.interval, "switch_descent_rate": 0.5}
-        known = kind.config_class.__dataclass_fields__
+        known = {item.name for item in dataclasses.fields(kind.config_class)}
         self.method = kind(kind.config_class(**{key: value for key, value in fields.items() if key in known}))
         self.model = build_model(build_llama, model, resolved.train, self.method)
         optimizer = make_optimizer(self.model.module, resolved.train)

@@ -87,7 +87,7 @@ def build_parser(classes: dict[str, type], program: str, method: str) -> argpars
 
 def _add_flag(group: Any, item: dataclasses.Field, hint: Any) -> None:
     kind = next((t for t in typing.get_args(hint) if t is not types.NoneType), hint)
-    default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    default = item.default_factory() if callable(item.default_factory) else item.default
     unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
     shown = "" if default is None else f" (default: {' '.join(default) if isinstance(default, list) else default})"
     options: dict[str, Any] = {"dest": item.name, "help": (item.metadata["help"] + unit + shown).replace("%", "%%")}
@@ -126,8 +126,8 @@ def _refuse(word: str, parser: argparse.ArgumentParser, method: str, method_conf
     name = word.partition("=")[0]
     if not name.startswith("--"):
         raise ConfigError("unexpected argument", repr(word), "flags and their values")
-    plain = name[2:].replace("-", "_")
-    owners = [m for m, cls in method_configs.items() if plain in {f.name for f in dataclasses.fields(cls)}]
+    plain = name[2:].replace("-", "_").removeprefix("no_")
+    owners = [m for m, cls in method_configs.items() if plain in {f.name for f in dataclasses.fields(cls)} - own]
     if owners:
         raise ConfigError(f"{name} does not belong to --method {method}", None, f"with --method {' or '.join(owners)}")
     flags = [option for action in parser._actions for option in action.option_strings]

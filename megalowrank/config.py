@@ -1,12 +1,12 @@
 """Configuration dataclasses: one per concern, each field with its help and unit.
 
-The command line, ``--help`` and ``docs/flags.md`` are generated from these fields, so a flag is
-added by adding a field. A section validates itself in ``check``; what involves two sections is
-checked where they meet (``megalowrank.cli.check_together``).
+The command line and ``--help`` are generated from these fields, so a flag is added by adding a
+field. A section validates itself in ``check``; what involves two sections is checked where they meet.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,15 @@ def flag(default: Any, text: str, *, unit: str = "", choices: tuple = (), nargs:
 
 
 def at_least(name: str, value: float, minimum: float) -> None:
-    """Raise ConfigError unless ``value`` >= ``minimum``; ``name`` is the flag without dashes."""
-    if not value >= minimum:
-        raise ConfigError(f"--{name} is out of range", value, f">= {minimum}")
+    """Raise ConfigError unless ``minimum`` <= ``value`` < infinity; ``name`` is the flag without dashes."""
+    if not minimum <= value < math.inf:
+        raise ConfigError(f"--{name} is out of range", value, f">= {minimum}, finite")
+
+
+def above(name: str, value: float, bound: float) -> None:
+    """Raise ConfigError unless ``bound`` < ``value`` < infinity; ``name`` is the flag without dashes."""
+    if not bound < value < math.inf:
+        raise ConfigError(f"--{name} is out of range", value, f"> {bound}, finite")
 
 
 @dataclass
@@ -60,7 +66,13 @@ class ModelConfig:
         if heads % groups:
             raise ConfigError("--num-attention-heads must be a multiple of --num-query-groups", f"{heads} and {groups}")
         if (hidden // heads) % 2:
-            raise ConfigError("rotary embedding needs an even head size", hidden // heads)
+            raise ConfigError(
+                "--hidden-size over --num-attention-heads is odd, and the rotary embedding needs an even head size",
+                hidden // heads,
+            )
+        at_least("norm-epsilon", self.norm_epsilon, 0.0)
+        above("rotary-base", self.rotary_base, 0.0)
+        at_least("init-method-std", self.init_method_std, 0.0)
 
 
 @dataclass

@@ -81,14 +81,14 @@ class TraceLinear(LowRankColumnParallelLinear):
         self.matrix, self.trace = matrix, trace
         with torch.no_grad():
             self.weight.copy_(weight)
-            self.A_m.copy_(trace.tensor("A0", matrix))
-            self.B_m.copy_(trace.tensor("B0", matrix, transpose=True))
+            self.factors[0].A.copy_(trace.tensor("A0", matrix))
+            self.factors[0].Bt.copy_(trace.tensor("B0", matrix, transpose=True))
 
     def forward(self, step: int) -> torch.Tensor:  # type: ignore[override]
         """A scalar whose gradient is that of the trace at ``step``."""
         grad_A = torch.from_numpy(self.trace.data[f"gA_{self.matrix}"][step])
         grad_B = torch.from_numpy(self.trace.data[f"gB_{self.matrix}"][step]).t()
-        return (self.A_m * grad_A).sum() + (self.B_m * grad_B).sum()
+        return (self.factors[0].A * grad_A).sum() + (self.factors[0].Bt * grad_B).sum()
 
 
 class TraceModel(torch.nn.Module):
@@ -96,7 +96,9 @@ class TraceModel(torch.nn.Module):
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
-        self.linears = torch.nn.ModuleList(TraceLinear(trace, matrix) for matrix in trace.matrices)
+        linears = [TraceLinear(trace, matrix) for matrix in trace.matrices]
+        self.linears = torch.nn.ModuleList(linears)
+        self.factors = [linear.factors[0] for linear in linears]
 
     def forward(self, step: torch.Tensor) -> torch.Tensor:
         """Sum over matrices."""
@@ -108,7 +110,8 @@ class TracedSwitchLoRA(SwitchLoRA):
 
     def begin(self, trace: Trace, layers: list[LowRankFactors]) -> None:
         """Take over pools and labels; called after ``start``."""
-        self.trace, self.labels, self.counted = trace, {}, []
+        self.trace, self.labels = trace, {}
+        self.counted: list[np.ndarray] = []
         for j, (layer, matrix) in enumerate(zip(layers, trace.matrices, strict=True)):
             spare, rank = min(layer.out_features, layer.in_features) - layer.rank, layer.rank
             for side, name in enumerate(("poolA0", "poolB0")):
@@ -167,7 +170,7 @@ def replay(trace: Trace, stage: int) -> Comparison:
     """Run the trace on this job's ranks; every rank gets the same comparison."""
     groups = initialize_groups(ParallelConfig())
     model = TraceModel(trace)
-    layers = [linear.factors[0] for linear in model.linears]
+    layers = model.factors
     for j, layer in enumerate(layers):
         layer.name, layer.index = f"matrix.{trace.matrices[j]}", j
     config = SwitchLoRAConfig(

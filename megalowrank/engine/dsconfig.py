@@ -182,6 +182,8 @@ def _check_optimizer(optimizer: dict[str, Any], present: bool, train: TrainConfi
         raise ConfigError("the learning rate is missing", None, "--lr, or optimizer.params.lr of the DeepSpeed JSON")
     if not (train.lr > 0 and math.isfinite(train.lr)):
         raise ConfigError("the learning rate (--lr or optimizer.params.lr) is out of range", train.lr, "> 0")
+    if train.min_lr > train.lr:
+        raise ConfigError("--min-lr is above the peak learning rate", train.min_lr, f"<= {train.lr}")
     if optimizer.get("type") == "adam" and train.weight_decay:
         raise ConfigError(
             "optimizer.type Adam with weight decay is not supported: decay is decoupled from the gradient",

@@ -26,6 +26,7 @@ from megalowrank.lowrank.state import FlatForwardCopy, FlatPartition, ForwardCop
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
 
 Factors = Sequence[torch.nn.Parameter]
+Sharded = Any  # a parameter, with the attributes that ZeRO-3 hangs on it
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
     return lambda: _sharded_weight(parameter)
 
 
-def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[torch.nn.Parameter]) -> None:
+def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[Sharded]) -> None:
     """Copy masters into the forward copies of all ``parameters``, after masters were loaded.
 
     Every rank calls it; ZeRO-1 and 2 gather once, ZeRO-3 stays local except for persistent parameters.
@@ -91,7 +92,8 @@ def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[torch.
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
         for partition in layout.partitions:
             for fragment in partition.fragments:
-                shard = fragment.parameter.ds_tensor.data[: fragment.numel]
+                owner: Sharded = fragment.parameter
+                shard = owner.ds_tensor.data[: fragment.numel]
                 shard.copy_(partition.master[fragment.offset : fragment.offset + fragment.numel])
         persistent = [p for p in parameters if p.ds_persist]
         if persistent:
@@ -144,14 +146,14 @@ def _flat_copy(factors: Factors, flat: torch.Tensor) -> FlatForwardCopy:
     return FlatForwardCopy(flat.data, np.array(offsets, dtype=np.int64))
 
 
-def _shard_range(parameter: torch.nn.Parameter, padded: int) -> tuple[int, int]:
+def _shard_range(parameter: Sharded, padded: int) -> tuple[int, int]:
     """(first element, number of elements) of this rank's shard, without padding."""
     rank = torch.distributed.get_rank(parameter.ds_process_group)
     start = rank * padded
     return start, max(0, min(padded, parameter.ds_numel - start))
 
 
-def _sharded_weight(parameter: torch.nn.Parameter) -> WeightPiece:
+def _sharded_weight(parameter: Sharded) -> WeightPiece:
     start, numel = _shard_range(parameter, int(parameter.ds_tensor.ds_numel))
     shard = parameter.ds_tensor.data[:numel]
     if parameter.ds_persist:
@@ -166,7 +168,7 @@ def _sharded_weight(parameter: torch.nn.Parameter) -> WeightPiece:
 class ShardedForwardCopy:
     """Forward copies under ZeRO-3: a shard on every rank, and the whole where a parameter is gathered."""
 
-    def __init__(self, factors: Factors, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, factors: Sequence[Sharded], dtype: torch.dtype, device: Any) -> None:
         self.factors, self.dtype = factors, dtype
         self.device = torch.device(device)
 

@@ -72,6 +72,7 @@ class _Adapted(torch.nn.Module):
     """What both parallel linears share. ``blocks``: (logical name, rows of W) in order."""
 
     weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
     blocks: Blocks
     scale: float
     factors: list[LowRankFactors]

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalowrank.config import at_least, flag
-from megalowrank.errors import ConfigError
+from megalowrank.config import above, at_least, flag
 from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
 from megalowrank.methods.base import Adapters, Method
 from megalowrank.parallel.rng import generator
@@ -39,8 +38,7 @@ class LoRAConfig:
     def check(self) -> None:
         """Ranges of single values."""
         at_least("lora-rank", self.lora_rank, 1)
-        if self.lora_alpha <= 0:
-            raise ConfigError("--lora-alpha is out of range", self.lora_alpha, "> 0")
+        above("lora-alpha", self.lora_alpha, 0.0)
 
 
 def bounds(init: str, rank: int, out_features: int, in_features: int) -> tuple[float, float]:

@@ -110,13 +110,15 @@ def _name(module: Llama) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
     tensors = [LogicalTensor("embedding.weight", module.embedding.weight, 0, tuple(module.embedding.weight.shape))]
     for number, block in enumerate(module.layers):
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            weight = block.get_submodule(norm).weight
+            weight = block.get_parameter(f"{norm}.weight")
             tensors.append(LogicalTensor(f"layers.{number}.{norm}.weight", weight, 0, tuple(weight.shape)))
         for part, paths in PARTS.items():
             for path in paths:
-                _name_linear(block.get_submodule(path), f"layers.{number}.{part}", layers, tensors)
+                linear = block.get_submodule(path)
+                assert isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear))
+                _name_linear(linear, f"layers.{number}.{part}", layers, tensors)
     for name in ("norm", "output"):
-        weight = module.get_submodule(name).weight
+        weight = module.get_parameter(f"{name}.weight")
         tensors.append(LogicalTensor(f"{name}.weight", weight, 0, tuple(weight.shape)))
     for vocabulary in (module.embedding.weight, module.output.weight):
         set_tensor_model_parallel_attributes(vocabulary, True, 0, 1)

@@ -16,13 +16,10 @@ from megalowrank.errors import ConfigError
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list such as ``gpu[03-05,9],login`` -> ``gpu03``."""
-    head = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^,]*)", nodelist.strip())
+    head = re.match(r"(?:[^\[\],]|\[\w+[^\[\]]*\])+(?=,|$)", nodelist.strip())
     if not head:
         raise ConfigError("SLURM_JOB_NODELIST is not a node list", repr(nodelist))
-    prefix, ranges, suffix = head.groups()
-    if ranges is None:
-        return prefix
-    return prefix + ranges.split(",")[0].split("-")[0] + suffix
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", head.group())
 
 
 def set_rank_environment(env: MutableMapping[str, str] | None = None) -> tuple[int, int, int]:
@@ -47,7 +44,16 @@ def set_rank_environment(env: MutableMapping[str, str] | None = None) -> tuple[i
         if name not in env:
             raise ConfigError(f"{name} is not set", None, "the address of rank 0, set by the launcher")
     env.setdefault("OMP_NUM_THREADS", "1")
-    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    rank, world, local = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= world:
+        raise ConfigError("RANK is not below WORLD_SIZE", f"RANK={rank} WORLD_SIZE={world}")
+    return rank, world, local
+
+
+def _number(env: MutableMapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"\d+", env[name]):
+        raise ConfigError(f"{name} is not a number", repr(env[name]), "what the launcher sets")
+    return int(env[name])
 
 
 def _from_slurm(env: MutableMapping[str, str]) -> None:
