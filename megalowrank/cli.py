@@ -127,8 +127,8 @@ def _refuse(word: str, parser: argparse.ArgumentParser, method: str, method_conf
     if not name.startswith("--"):
         raise ConfigError("unexpected argument", repr(word), "flags and their values")
     plain = name[2:].replace("-", "_").removeprefix("no_")
-    owners = [m for m, cls in method_configs.items() if plain in {f.name for f in dataclasses.fields(cls)} - own]
-    if owners:
+    owners = [m for m, cls in method_configs.items() if plain in {f.name for f in dataclasses.fields(cls)}]
+    if owners and method not in owners:
         raise ConfigError(f"{name} does not belong to --method {method}", None, f"with --method {' or '.join(owners)}")
     flags = [option for action in parser._actions for option in action.option_strings]
     hint = nearest(name, flags)

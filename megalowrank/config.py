@@ -28,7 +28,8 @@ def flag(default: Any, text: str, *, unit: str = "", choices: tuple = (), nargs:
 def at_least(name: str, value: float, minimum: float) -> None:
     """Raise ConfigError unless ``minimum`` <= ``value`` < infinity; ``name`` is the flag without dashes."""
     if not minimum <= value < math.inf:
-        raise ConfigError(f"--{name} is out of range", value, f">= {minimum}, finite")
+        finite = ", finite" if isinstance(minimum, float) else ""
+        raise ConfigError(f"--{name} is out of range", value, f">= {minimum}{finite}")
 
 
 def above(name: str, value: float, bound: float) -> None:

@@ -69,8 +69,8 @@ def special_cases() -> list[dict[str, Any]]:
 
 
 def clipped_cases() -> list[dict[str, Any]]:
-    return [case(variant, layout, bf16=bf16, clip=0.5)
-            for variant, bf16 in (("fifo", False), ("fifo", True), ("full", False)) for layout in SMALL_SET]  # fmt: skip
+    kinds = (("fifo", False), ("fifo", True), ("full", False))
+    return [case(variant, layout, bf16=bf16, clip=0.5) for variant, bf16 in kinds for layout in SMALL_SET]
 
 
 def four_rank_cases() -> list[dict[str, Any]]:
@@ -116,15 +116,18 @@ def test_bitwise_equal_to_dense_training(reports: dict[int, list[Report]], world
             assert ({"pool"} <= report["worst"].keys()) == (case["method"] == "switchlora")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_fp32_with_clipping_or_on_four_ranks(reports: dict[int, list[Report]], world: int) -> None:
-    """1e-5 is 0.2 % of what one update may change."""
+@pytest.mark.parametrize(("world", "largest"), [(1, 1e-5), (2, 1e-5), (4, LR / 50)])
+def test_fp32_with_clipping_or_on_four_ranks(reports: dict[int, list[Report]], world: int, largest: float) -> None:
+    """Rounding of 1e-7 is seen as it is, but for single elements right after a reset of their moments: AdamW
+    divides by the gradient's own size, so where the terms of a gradient cancel the update is off by a share of LR.
+    """
     chosen = [(case, ranks) for case, ranks in reports[world] if "clip" in case or world == 4]
     chosen = [(case, ranks) for case, ranks in chosen if not case.get("bf16")]
     assert len(chosen) >= 4
     for case, ranks in chosen:
         for report in ranks:
-            assert beyond(report["worst"], 1e-5) == {}, case
+            assert beyond(report["worst"], largest) == {}, case
+            assert beyond(report["worst"], LR / 1000, "rms") == {}, case
             assert max(report["worst"]["births"]["max"], report["worst"]["gathered"]["max"]) == 0.0
 
 
@@ -167,7 +170,7 @@ def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], wor
             assert report["idle"] == [], f"{case}: tensors without a gradient"
             assert report["switched"][0] == report["switched"][1]
             assert (report["switched"][0] > 20) == (case["method"] == "switchlora"), case
-            assert report["overflowed"] == ("overflow" in case["variant"]), case
+            assert report["overflowed"] == (case["variant"] in ("overflow", "overflow random", "freeze 0")), case
 
 
 def test_random_order_is_another_order(reports: dict[int, list[Report]]) -> None:
