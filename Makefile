@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RANKS ?= 2
 ITERS ?= 600
+WARMUP ?= 30
 RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -28,10 +29,10 @@ $(VENV)/.installed: requirements.txt
 
 pretrain: install
 	$(BIN)/python tools/prepare_sample.py --out $(RUN)/data --vocab-size 2048 --cache .cache
-	$(BIN)/deepspeed --num_accelerators $(RANKS) --log_level warning pretrain_llama.py \
+	$(BIN)/deepspeed --num_accelerators $(RANKS) --log_level error pretrain_llama.py \
 	  --ds-config ds_configs/zero2_offload.json --method switchlora --preset llama_9m \
 	  --lora-rank 16 --switch-interval 20 --switch-descent-rate 0.3 \
-	  --seq-length 128 --micro-batch-size 16 --lr 2e-2 --lr-warmup-iters 30 --train-iters $(ITERS) \
+	  --seq-length 128 --micro-batch-size 16 --lr 2e-2 --lr-warmup-iters $(WARMUP) --train-iters $(ITERS) \
 	  --data-path $(RUN)/data/shakespeare --tokenizer-model $(RUN)/data/shakespeare.model --split 95,5,0 \
 	  --eval-interval 100 --eval-iters 10 --log-interval 10 \
 	  --save $(RUN)/checkpoints --save-interval 200 --keep-last 2 --load auto --output-dir $(RUN)

@@ -61,34 +61,27 @@ class RunTensors:
             found += [Piece.whole(name, torch.from_numpy(births)) for name, births in self._clocks()]
         return found
 
-    def names(self) -> set[str]:
-        """Every tensor that a checkpoint of this run has."""
-        found = {f"pool/{saved.name}" for saved in self.method.saved_tensors()}
-        found |= {name for name, _ in self._clocks()}
+    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Global shape and type of every tensor that a checkpoint of this run has; the same on all ranks."""
+        found = {f"pool/{saved.name}": (saved.shape, saved.rows.dtype) for saved in self.method.saved_tensors()}
+        found.update({name: (births.shape, torch.int64) for name, births in self._clocks()})
         frozen = {id(folded.parameter): folded for folded in self._folded()}
         for tensor in self.model.tensors:
             folded = frozen.get(id(tensor.parameter))
             if folded is None:
-                found |= {f"{kind}/{tensor.name}" for kind in MOMENTS}
+                found.update({f"{kind}/{tensor.name}": (tensor.shape, self.state.dtype) for kind in MOMENTS})
             else:
-                found.add(f"weight/{tensor.name}")
+                found[f"weight/{tensor.name}"] = tensor.shape, tensor.parameter.dtype
                 if folded.residual is not None:
-                    found.add(f"residual/{tensor.name}")
+                    found[f"residual/{tensor.name}"] = tensor.shape, folded.residual.dtype
         return found
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Read everything back; a missing, surplus or misshapen tensor is a ConfigError.
+        """Read everything back; a missing, surplus or misshapen tensor is a ConfigError on every rank.
 
         Every rank calls it; the engine's ``reload`` has to follow.
         """
-        expected, present = self.names(), set(checkpoint.names())
-        for problem, names in (("lacks", expected - present), ("has a surplus", present - expected)):
-            if names:
-                raise ConfigError(
-                    f"the checkpoint {checkpoint.path.name} {problem} tensor {sorted(names)[0]}",
-                    f"{len(names)} such tensors",
-                    "a checkpoint of the same model, method, rank and precision",
-                )
+        self._check(checkpoint)
         for part in self._optimizer_parts():
             _fill(part, checkpoint)
         for part, _ in self._weight_parts():
@@ -98,13 +91,28 @@ class RunTensors:
         for saved in self.method.saved_tensors():
             if saved.rows.numel():
                 box = ((saved.first, saved.shape[0], saved.step), (0, saved.shape[1], 1))
-                _check(checkpoint, f"pool/{saved.name}", saved.shape, saved.rows.dtype)
                 saved.rows.view(-1).copy_(checkpoint.read(f"pool/{saved.name}", box))
         births = self.state.clocks.births.copy()
         for name, position in zip((name for name, _ in self._clocks()), self.state.clocks.first, strict=True):
             values = checkpoint.read(name).numpy()
             births[position : position + len(values)] = values
         self.state.clocks.load(births)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Compare all names, shapes and types, whatever this rank holds of them, so that no rank goes on alone."""
+        expected, present = self.expected(), set(checkpoint.names())
+        for problem, names in (("lacks", expected.keys() - present), ("has a surplus", present - expected.keys())):
+            if names:
+                raise ConfigError(
+                    f"the checkpoint {checkpoint.path.name} {problem} tensor {sorted(names)[0]}",
+                    f"{len(names)} such tensors",
+                    "a checkpoint of the same model, method, rank and precision",
+                )
+        for name, (shape, dtype) in expected.items():
+            if tuple(checkpoint.shape(name)) != tuple(shape):
+                raise ConfigError(f"{name} in the checkpoint has another shape", checkpoint.shape(name), tuple(shape))
+            if checkpoint.dtype(name) != dtype:
+                raise ConfigError(f"{name} in the checkpoint has another precision", checkpoint.dtype(name), dtype)
 
     def set_updates(self, updates: int) -> None:
         """Tell every partition how many optimizer steps it has taken."""
@@ -162,14 +170,5 @@ def _piece(part: Part) -> Piece:
 
 
 def _fill(part: Part, checkpoint: Checkpoint) -> None:
-    _check(checkpoint, part.name, part.shape, part.storage.dtype)
     flat = (part.start, part.start + part.storage.numel())
     part.storage.copy_(checkpoint.read(part.name, full_box(part.shape), flat))
-
-
-def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    saved = tuple(checkpoint.shape(name))
-    if saved != tuple(shape):
-        raise ConfigError(f"{name} in the checkpoint has another shape", list(saved), list(shape))
-    if checkpoint.dtype(name) != dtype:
-        raise ConfigError(f"{name} in the checkpoint has another precision", checkpoint.dtype(name), dtype)
