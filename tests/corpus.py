@@ -34,7 +34,7 @@ class TinyCorpus:
 def documents(count: int = 40, lines: int = 40) -> list[str]:
     """Texts whose next word depends on the last one, so that a model can learn something."""
     drawn = np.random.default_rng(5)
-    follows = {word: drawn.choice(WORDS, 3) for word in WORDS}
+    follows = {word: drawn.choice(WORDS, 6) for word in WORDS}
     found = []
     for _ in range(count):
         words = [str(drawn.choice(WORDS))]

@@ -75,7 +75,7 @@ def test_metrics(by_deepspeed: tuple[Path, str]) -> None:
         assert 0 <= line["method_time_ms"] < line["step_time_ms"]
         seconds = line["step_time_ms"] / 1000
         assert line["tokens_per_second"] == pytest.approx(TOTAL * LENGTH / seconds, rel=1e-6)
-    assert lines[0]["loss"] == pytest.approx(math.log(320), rel=0.02) and lines[-1]["loss"] < 5.6
+    assert lines[0]["loss"] == pytest.approx(math.log(320), rel=0.03) and lines[-1]["loss"] < 5.5
     warm, peak, decay = 2, 1e-2, ITERS - 2
     rates = [peak * t / warm if t < warm else peak / 2 * (1 + math.cos(math.pi * (t - warm) / decay)) for t in range(8)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
@@ -114,7 +114,7 @@ def test_plots_of_the_run(by_deepspeed: tuple[Path, str], tmp_path: Path) -> Non
     folder = by_deepspeed[0]
     out = succeed([str(BIN / "python"), "tools/plot_run.py", str(folder), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.glob("*.png")} >= {"loss.png", "schedule.png", "spectrum.png"}
-    assert "block" in out
+    assert "layers.1.mlp.down: effective rank" in out and "(r = 8)" in out
 
 
 def test_torchrun_trains_the_same(by_deepspeed: tuple[Path, str], tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
@@ -124,13 +124,15 @@ def test_torchrun_trains_the_same(by_deepspeed: tuple[Path, str], tiny_corpus: T
 
 
 def test_srun_trains_the_same(by_deepspeed: tuple[Path, str], tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    tasks = []
-    for rank in range(2):
-        step = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
-        nodes = {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "0"}
-        step |= {**nodes, "MASTER_PORT": str(free_port()) if not tasks else port}
-        port = step["MASTER_PORT"]
-        tasks.append(start(plain(*flags_of(tiny_corpus), "--output-dir", str(tmp_path)), **step))
+    nodes = {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    step = {**nodes, "SLURM_STEP_NUM_TASKS": "2", "MASTER_PORT": str(free_port())}
+    tasks = [
+        start(
+            plain(*flags_of(tiny_corpus), "--output-dir", str(tmp_path)),
+            **{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]
     (first, out, err), (second, silent, _) = [finish(task) for task in tasks]
     assert (first, second) == (0, 0), err[-3000:]
     assert "update 8/8" in out and "update" not in silent, "one rank speaks"
@@ -142,29 +144,37 @@ def test_srun_trains_the_same(by_deepspeed: tuple[Path, str], tiny_corpus: TinyC
 
 @pytest.fixture(scope="module")
 def resumed(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(a run in one piece, the same run in two pieces); both save at 4 and at the end."""
+    """(a run in one piece, the same run in two pieces); both save at 4 and at the end.
+
+    What the first piece saves at its end, after update 5, is cut short, so the second one goes back to 4.
+    """
     folder = tmp_path_factory.mktemp("alone")
     whole, pieces = folder / "whole", folder / "pieces"
-    for run, ends in ((whole, [[]]), (pieces, [["--exit-interval", "5"], []])):
-        for end in ends:
-            output = ["--save", str(run), "--save-interval", "4", "--load", "auto", *end]
-            succeed(plain(*flags_of(tiny_corpus, "zero1"), *output))
+
+    def run(output: Path, *more: str) -> str:
+        words = ["--save", str(output), "--save-interval", "4", "--load", "auto", *more]
+        return succeed(plain(*flags_of(tiny_corpus, "zero1"), *words))
+
+    run(whole)
+    run(pieces, "--exit-interval", "5")
+    assert training(pieces)[-1]["step"] == 5
+    last = pieces / "step_00000005" / "rank_00000.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    out = run(pieces)
+    assert f"not resumed: {last} is damaged" in out and "resumed at update 4 (0 skipped so far)" in out
     return whole, pieces
 
 
 def test_a_run_in_two_pieces_is_the_run_in_one(resumed: tuple[Path, Path]) -> None:
-    whole, pieces = (without_machine(training(folder)) for folder in resumed)
-    assert [line["step"] for line in pieces] == list(range(1, ITERS + 1)), "every update once"
+    whole, pieces = (without_machine(records(folder)) for folder in resumed)
+    assert [line["step"] for line in training(resumed[1])] == list(range(1, ITERS + 1)), "every update once"
+    assert [line["step"] for line in pieces if "eval_loss" in line] == [4, ITERS]
     assert whole == pieces
-    final = [[r["eval_loss"] for r in records(folder) if "eval_loss" in r and r["step"] == 8] for folder in resumed]
-    assert final[0] == final[1] and len(final[0]) == 1
 
 
 def test_both_end_in_the_same_checkpoint(resumed: tuple[Path, Path]) -> None:
     files = [folder / "step_00000008" / "rank_00000.safetensors" for folder in resumed]
     assert files[0].read_bytes() == files[1].read_bytes()
-    kept = sorted(path.name for path in resumed[1].glob("step_*"))
-    assert kept == ["step_00000004", "step_00000005", "step_00000008"]
 
 
 def test_one_process_learns_like_two(resumed: tuple[Path, Path], by_deepspeed: tuple[Path, str]) -> None:
@@ -323,7 +333,7 @@ def test_a_damaged_checkpoint_names_the_one_before(
     words = [*flags_of(tiny_corpus, "zero1"), "--load", str(tmp_path / "saved"), "--output-dir", str(tmp_path / "out")]
     code, _, err = finish(start(plain(*words)))
     one_line(code, err, "step_00000008/rank_00000.safetensors is damaged", tmp_path / "out")
-    assert err.endswith("the one before is step_00000005\n")
+    assert err.endswith("the one before is step_00000004\n")
 
 
 def test_other_checkpoints_that_are_refused(

@@ -12,13 +12,14 @@ from megalowrank.errors import ConfigError, nearest
 
 AUTO = "auto"
 _LONGEST = 60
+_LONGEST_PATH = 200
 
 
 def load(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
     """The object in a JSON file, or the dictionary itself; nothing is checked yet but the syntax."""
     if isinstance(path_or_dict, dict):
         return path_or_dict
-    name = f"DeepSpeed JSON {shown(str(path_or_dict))}"
+    name = f"DeepSpeed JSON {_shown_path(str(path_or_dict))}"
     try:
         text = Path(path_or_dict).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -63,6 +64,11 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
     text = json.dumps(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def _shown_path(path: str) -> str:
+    """A path on one line; of a very long one the end, which tells files apart."""
+    return json.dumps(path if len(path) <= _LONGEST_PATH else "..." + path[-_LONGEST_PATH:])
 
 
 def _label(name: Any) -> str:

@@ -102,7 +102,7 @@ class VectorClockAdamW(torch.optim.Optimizer):
         self._runs.clear()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every partition that the current ``param_groups`` name."""
         if self.guard and not self._norm_is_finite():
             return
