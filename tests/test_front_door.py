@@ -6,15 +6,21 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 
+from megalowrank.config import ModelConfig
+from megalowrank.data.sampler import BatchSampler
+from megalowrank.data.tokens import TokenFile, TokenWindow, split_documents
 from megalowrank.engine.setup import pretrain
 from megalowrank.errors import run_main
+from megalowrank.methods.full_rank import FullRank
 from megalowrank.models.build import build_llama
+from megalowrank.parallel.groups import initialize_single_process
 from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
 from tests.front_door_cases import (
@@ -80,6 +86,21 @@ def test_metrics(by_deepspeed: tuple[Path, str]) -> None:
     rates = [peak * t / warm if t < warm else peak / 2 * (1 + math.cos(math.pi * (t - warm) / decay)) for t in range(8)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
     assert sum(line["switched_vectors"] for line in lines) > 0
+
+
+def test_first_losses_are_those_of_the_initial_model(
+    by_deepspeed: tuple[Path, str], tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """The learning rate of the first update is 0, so two batches see the initial weights, of a plain model here."""
+    initialize_single_process(str(tmp_path / "store"))
+    shape = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2)
+    plain_model = build_llama(replace(shape, vocab_size=320), FullRank(None), length=LENGTH, seed=1234).module
+    file = TokenFile(tiny_corpus.prefix)
+    start, stop = split_documents(file, "80,20,0")[0]
+    samples = BatchSampler(TokenWindow(file, start, stop, LENGTH), 1234, TOTAL)
+    expected = [float(plain_model(samples.micro_batch(update, 0, TOTAL, 0, 1))) for update in range(2)]
+    assert [line["loss"] for line in training(by_deepspeed[0])[:2]] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-3
 
 
 def test_evaluations(by_deepspeed: tuple[Path, str]) -> None:

@@ -39,17 +39,18 @@ class DenseEngine:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device, self._parameters = parameters[0].device, parameters
         self._low = parameters[0].dtype == torch.bfloat16
-        masters = parameters
-        if self._low:
-            masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
-            optimizer.param_groups[0]["params"] = masters
-        partition = whole_partition(parameters, masters)
-        flat = flatten_in_place(parameters)[0] if self._low else partition.master
-        self._masters = masters
+        partitions = []
+        for group in optimizer.param_groups:
+            own = group["params"]
+            if self._low:
+                group["params"] = [torch.nn.Parameter(p.detach().float()) for p in own]
+            partitions.append(whole_partition(own, group["params"]))
+        self._masters = [p for group in optimizer.param_groups for p in group["params"]]
+        flat = flatten_in_place(parameters)[0] if self._low else partitions[0].master
         factors = factor_parameters(layers)
         forward = flat_forward_copy(factors, flat)
-        self.state = OptimizerStateView(factors, [partition], forward, None, masters_sharded=False)
-        optimizer.bind([partition], self.state.clocks, factors)
+        self.state = OptimizerStateView(factors, partitions, forward, None, masters_sharded=False)
+        optimizer.bind(partitions, self.state.clocks, factors)
         optimizer.guard, optimizer.clip_grad = True, clip_grad
 
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from megalowrank.config import ModelConfig, ParallelConfig
+from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine, StepResult
 from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.engine.setup import make_optimizer
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.methods import method_class
@@ -235,14 +236,18 @@ def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, share
     return Run(losses, snapshot(model, engine, method), switched, overflowed)
 
 
+def optimizer_of(case: dict[str, Any], model: BuiltModel) -> VectorClockAdamW:
+    """As a run makes it: with ``decay`` in two groups, of which the norms' has none."""
+    return make_optimizer(model.module, TrainConfig(lr=LR, weight_decay=case.get("decay", 0.0)))
+
+
 def dense(case: dict[str, Any], world: int) -> Run:
     """The case on one process that does the work of ``world`` ranks."""
     low, order = case.get("bf16", False), groups_of(case, world)
     method, model = build(case["method"], low, case.get("flags", {}))
     if low:
         model.module.bfloat16()
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    engine = GroupedDenseEngine(model.module, model.layers, VectorClockAdamW(parameters), case.get("clip", 0.0))
+    engine = GroupedDenseEngine(model.module, model.layers, optimizer_of(case, model), case.get("clip", 0.0))
     ctx = context(model, engine, 0, 1)
     method.start(ctx)
 
@@ -271,9 +276,8 @@ def deepspeed_config(case: dict[str, Any], world: int) -> dict[str, Any]:
 
 
 def make_engine(case: dict[str, Any], model: BuiltModel, groups: Groups) -> ZeroEngine:
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
     settings = deepspeed_config(case, groups.data_size)
-    return ZeroEngine(model.module, model.layers, VectorClockAdamW(parameters), settings, groups)
+    return ZeroEngine(model.module, model.layers, optimizer_of(case, model), settings, groups)
 
 
 def sharded(case: dict[str, Any], groups: Groups) -> Run:

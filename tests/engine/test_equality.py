@@ -61,11 +61,13 @@ def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def special_cases() -> list[dict[str, Any]]:
-    """Candidates on the device, and activation checkpointing."""
+    """Candidates on the device, activation checkpointing, and weight decay with its two groups of parameters."""
     on_device = {"flags": {"offload_candidates": False}}
     layouts = ("zero0", "zero2", "zero3", "zero3 all offload")
     found = [case("fifo", layout, bf16=at % 2 == 1, **on_device) for at, layout in enumerate(layouts)]
-    return found + [case("fifo", layout, recompute=True) for layout in ("zero0", "zero1", "zero2", "zero3")]
+    found += [case("fifo", layout, recompute=True) for layout in ("zero0", "zero1", "zero2", "zero3")]
+    decayed = (("zero0", False), ("zero1", True), ("zero2", False), ("zero3 small", False), ("zero3 all offload", True))
+    return found + [case("fifo", layout, bf16=bf16, decay=3.0) for layout, bf16 in decayed]
 
 
 def clipped_cases() -> list[dict[str, Any]]:
