@@ -63,7 +63,9 @@ class RunTensors:
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Global shape and type of every tensor that a checkpoint of this run has; the same on all ranks."""
-        found = {f"pool/{saved.name}": (saved.shape, saved.rows.dtype) for saved in self.method.saved_tensors()}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            f"pool/{saved.name}": (saved.shape, saved.rows.dtype) for saved in self.method.saved_tensors()
+        }
         found.update({name: (births.shape, torch.int64) for name, births in self._clocks()})
         frozen = {id(folded.parameter): folded for folded in self._folded()}
         for tensor in self.model.tensors:

@@ -10,7 +10,7 @@ Source: AdamW, Loshchilov and Hutter 2019, alg. 2; the clock of a vector is upda
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from megalowrank.lowrank.state import Clocks, FlatPartition, Fragment
 from megalowrank.lowrank.vectors import element_index
 
 _LANES = 16
+_FEW_VECTORS = 8192
 
 
 @dataclass
@@ -27,7 +28,9 @@ class _Runs:
     """The cut of a partition for one version of the clocks.
 
     ``sizes`` of consecutive stretches that cover it, ``keep`` those updated in place (None: all), ``ages`` the
-    updates that each run has behind it and ``steps`` views of them, one for every stretch in ``keep``.
+    updates that each run has behind it and ``steps`` views of them, one for every stretch in ``keep``;
+    ``state`` are the kept stretches of master, exp_avg and exp_avg_sq. ``clock`` is set where every vector is a
+    run of its own, so that a restart changes nothing but ages.
     """
 
     version: int
@@ -36,6 +39,8 @@ class _Runs:
     ages: torch.Tensor
     steps: list[torch.Tensor]
     tails: _Tails | None
+    clock: np.ndarray | None
+    state: list[list[torch.Tensor]] = field(default_factory=list)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The stretches of a flat tensor that are updated in place."""
@@ -130,10 +135,10 @@ class VectorClockAdamW(torch.optim.Optimizer):
             return
         runs = self._runs_of(index)
         gradient = _flat_gradient(partition)
-        flats = (partition.master, gradient, partition.exp_avg, partition.exp_avg_sq)
-        lists = [runs.views(flat) for flat in flats]
+        lists = [runs.state[0], runs.views(gradient), runs.state[1], runs.state[2]]
         steps = runs.steps
         if runs.tails is not None:
+            flats = (partition.master, gradient, partition.exp_avg, partition.exp_avg_sq)
             lists = [views + padded for views, padded in zip(lists, runs.tails.load(flats), strict=True)]
             steps = steps + runs.tails.steps
         runs.ages += 1
@@ -152,7 +157,14 @@ class VectorClockAdamW(torch.optim.Optimizer):
         cached = self._runs.get(index)
         if cached is not None and cached.version == self.clocks.version:
             return cached
-        runs = cut_runs(self.partitions[index], self._segments[index], self.clocks)
+        partition = self.partitions[index]
+        if cached is not None and cached.clock is not None:
+            ages = partition.updates - self.clocks.births[cached.clock]
+            cached.ages.copy_(torch.from_numpy(ages))
+            cached.version = self.clocks.version
+            return cached
+        runs = cut_runs(partition, self._segments[index], self.clocks)
+        runs.state = [runs.views(flat) for flat in (partition.master, partition.exp_avg, partition.exp_avg_sq)]
         self._runs[index] = runs
         return runs
 
@@ -162,10 +174,16 @@ class VectorClockAdamW(torch.optim.Optimizer):
 
 
 def cut_runs(partition: FlatPartition, segments: tuple[np.ndarray, np.ndarray], clocks: Clocks) -> _Runs:
-    """Join consecutive vectors that were born at the same update."""
+    """Join consecutive vectors that were born at the same update.
+
+    Where vectors are few and clocks are restarted, every vector is a run for good: cutting anew at every restart
+    would cost more than the longer list does.
+    """
     starts, clock = segments
     births = clocks.births[clock]
-    first = np.append(0, np.flatnonzero(births[1:] != births[:-1]) + 1)
+    separate = clocks.version > 0 and len(starts) <= _FEW_VECTORS
+    cut = np.arange(1, len(starts)) if separate else np.flatnonzero(births[1:] != births[:-1]) + 1
+    first = np.append(0, cut)
     sizes = np.diff(np.append(starts[first], partition.master.numel()))
     device = partition.master.device
     ages = torch.tensor(partition.updates - births[first], dtype=torch.float32).to(device)
@@ -181,6 +199,7 @@ def cut_runs(partition: FlatPartition, segments: tuple[np.ndarray, np.ndarray], 
         ages=ages,
         steps=[steps[i] for i in body.tolist()],
         tails=_Tails(starts[first], sizes, steps, partition.master) if rest.any() else None,
+        clock=clock if separate else None,
     )
 
 

@@ -164,12 +164,16 @@ def _strayed(parameters: dict[str, Any], found: Tensors) -> Iterator[float]:
 
 @dataclass
 class Run:
-    """Losses of all updates, the state after the last, and how many vectors the method has switched."""
+    """Losses of all updates and the state after the last.
+
+    ``switched`` counts the vectors that were switched, ``calls`` the forward passes of the first block.
+    """
 
     losses: list[float]
     tensors: Tensors
-    switched: int
-    overflowed: bool
+    switched: int = 0
+    overflowed: bool = False
+    calls: int = 0
 
 
 class GroupedDenseEngine(DenseEngine):
@@ -224,7 +228,8 @@ def _overflows(method: Method, before: Any) -> bool:
 
 def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, shares: Any, evaluate: Any) -> Run:
     """STEPS updates on ``shares(step)``, then the loss of the first batch again."""
-    losses, overflowed = [], False
+    losses, overflowed, calls = [], False, []
+    model.module.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for step in range(STEPS):
         before = method.switched.copy() if hasattr(method, "switched") else None
         method.before_step(step, ctx)
@@ -233,7 +238,7 @@ def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, share
     losses.append(float(evaluate(shares(0))))
     engine.end_evaluation()
     switched = int(method.switched.sum()) if hasattr(method, "switched") else 0
-    return Run(losses, snapshot(model, engine, method), switched, overflowed)
+    return Run(losses, snapshot(model, engine, method), switched, overflowed, len(calls))
 
 
 def optimizer_of(case: dict[str, Any], model: BuiltModel) -> VectorClockAdamW:
@@ -342,6 +347,7 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "learned": found.losses[0] - found.losses[-1],
             "switched": [found.switched, expected.switched],
             "overflowed": found.overflowed,
+            "calls": found.calls,
             "idle": [n for n, t in found.tensors.items() if n.startswith("exp_avg/") and not t.any()],
             "pools": [float(t.double().abs().sum()) for n, t in found.tensors.items() if n.startswith("pool/")],
         })  # fmt: skip

@@ -101,7 +101,7 @@ class Recorder:
     def _state(self) -> Run:
         found = snapshot(self.model, self.engine, self.method)
         found["updates"] = torch.tensor([partition.updates for partition in self.state.partitions])
-        return Run([], found, 0, False)
+        return Run([], found)
 
 
 class Announced:
@@ -136,7 +136,7 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         train_samples=Samples(micro),  # type: ignore[arg-type]
         eval_samples=None,
         metrics=MetricsWriter(None, False),
-        progress=Progress(STEPS, 0, False),
+        progress=Progress(STEPS),
         memory=lambda: 0,
         save=lambda position: None,
         bytes_per_token=None,
@@ -162,7 +162,7 @@ def sharded(case: dict[str, Any], groups: Groups) -> tuple[Run, dict[str, Any]]:
     tensors = snapshot(model, engine, method)
     engine.close()
     gc.collect()
-    return Run(recorder.losses, tensors, 0, False), {
+    return Run(recorder.losses, tensors), {
         "applied": recorder.applied,
         "changed": recorder.changed,
         "announced": announced.steps,
@@ -196,7 +196,7 @@ def dense(case: dict[str, Any], world: int, steps: int) -> Run:
         losses.append(float(engine.train_step(shares, LR).loss))
     if steps < STEPS:
         method.before_step(steps, ctx)
-    return Run(losses, snapshot(model, engine, method), 0, False)
+    return Run(losses, snapshot(model, engine, method))
 
 
 def survive(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def output(folder: str, **more: Any) -> OutputConfig:
 def plain_run(case: dict[str, Any], groups: Groups) -> Run:
     process = Process.start(case, groups)
     process.advance(0, STEPS)
-    found = Run(process.losses, snapshot(process.model, process.engine, process.method), 0, False)
+    found = Run(process.losses, snapshot(process.model, process.engine, process.method))
     process.end()
     return found
 
@@ -124,7 +124,7 @@ def broken_run(case: dict[str, Any], groups: Groups) -> tuple[Run, dict[str, lis
         process.spoil()
         position = process.state.load(output(case["folder"], load=case.get("load", case["folder"])))
         assert position == saved, position
-    found = Run(losses, snapshot(process.model, process.engine, process.method), 0, False)
+    found = Run(losses, snapshot(process.model, process.engine, process.method))
     process.end()
     return found, happened
 

@@ -175,6 +175,12 @@ def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], wor
             assert report["overflowed"] == (case["variant"] in ("overflow", "overflow random", "freeze 0")), case
 
 
+def test_recomputing_runs_every_block_twice(reports: dict[int, list[Report]]) -> None:
+    cases = [(case, ranks) for case, ranks in reports[2] if case.get("recompute")]
+    assert len(cases) == 4 and all(report["calls"] == 2 * STEPS + 1 for _, ranks in cases for report in ranks)
+    assert all(ranks[0]["calls"] == (STEPS + 1) * case.get("micro", 1) for case, ranks in reports[1])
+
+
 def test_random_order_is_another_order(reports: dict[int, list[Report]]) -> None:
     pools = {case["variant"]: ranks[0]["pools"] for case, ranks in reports[2] if case["name"].endswith(", zero3")}
     assert pools["fifo"] != pools["random"] and pools["overflow"] != pools["overflow random"]
@@ -183,7 +189,7 @@ def test_random_order_is_another_order(reports: dict[int, list[Report]]) -> None
 def test_the_comparison_notices_one_bit() -> None:
     """What ``compare`` reports for a master, a loss and a clock that are off, and for NaN."""
     tensors = {"master/w": torch.ones(3), "exp_avg/w": torch.ones(3), "births": torch.zeros(2, dtype=torch.int64)}
-    reference = Run([1.0, 2.0], {**tensors, "gathered": torch.zeros(1)}, 0, False)
+    reference = Run([1.0, 2.0], {**tensors, "gathered": torch.zeros(1)})
     assert beyond(difference(reference, reference), 0.0) == {}
     changed = {
         "master/w": torch.tensor([1.0, 1.0 + 2.0**-23, 1.0]),
@@ -192,6 +198,6 @@ def test_the_comparison_notices_one_bit() -> None:
         "gathered": torch.tensor([0.0, 0.0, 1e-30]),
     }
     for name, tensor in changed.items():
-        run = Run([1.0, 2.0], {**reference.tensors, name: tensor}, 0, False)
+        run = Run([1.0, 2.0], {**reference.tensors, name: tensor})
         assert list(beyond(difference(run, reference), 0.0)) == [name.split("/")[0]]
-    assert list(beyond(difference(Run([1.0, 2.5], reference.tensors, 0, False), reference), 0.0)) == ["loss"]
+    assert list(beyond(difference(Run([1.0, 2.5], reference.tensors), reference), 0.0)) == ["loss"]
