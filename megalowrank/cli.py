@@ -132,4 +132,4 @@ def _refuse(word: str, parser: argparse.ArgumentParser, method: str, method_conf
         raise ConfigError(f"{name} does not belong to --method {method}", None, f"with --method {' or '.join(owners)}")
     flags = [option for action in parser._actions for option in action.option_strings]
     hint = nearest(name, flags)
-    raise ConfigError(f"unknown flag {name}", None, f"did you mean {hint}?" if hint else "see --help")
+    raise ConfigError(f"unknown flag {name}, " + (f"did you mean {hint}?" if hint else "see --help"))

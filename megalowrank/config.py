@@ -80,7 +80,7 @@ class ModelConfig:
 class TrainConfig:
     """Length, batch, optimizer and schedule of a run."""
 
-    method: str = flag("switchlora", "what is trained, and how")
+    method: str = flag("switchlora", "what is trained, and how: full, lora or switchlora")
     seq_length: int = flag(512, "length of a sample", unit="tokens")
     micro_batch_size: int | None = flag(None, "samples of one forward pass on one rank")
     global_batch_size: int | None = flag(None, "samples of one update over all ranks")

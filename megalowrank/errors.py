@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+
+_OTHERS_WAIT = 5.0
 
 
 class ConfigError(Exception):
@@ -37,7 +40,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a command-line program: user errors become one line and exit code 2.
 
-    Called by every rank; only the first rank of the job prints.
+    Called by every rank. A rank other than the first waits before it prints: if the first failed too, the
+    launcher has ended this one by then, so that a common mistake is one line and a local one is not lost.
     """
     try:
         main()
@@ -48,6 +52,9 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _leave(line: str, code: int) -> None:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0":
+        time.sleep(_OTHERS_WAIT)
+        line = f"rank {rank}: {line}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
     sys.exit(code)

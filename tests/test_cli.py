@@ -176,11 +176,11 @@ def test_a_flag_of_another_method_names_its_owner(method: str, flag: str, owners
 def test_an_unknown_flag_names_the_nearest(typed: str, meant: str) -> None:
     message = refusal(parsed, typed, "3")
     name = typed.partition("=")[0].replace("_", "-")
-    assert message == f"unknown flag {name}; allowed: did you mean {meant}?"
+    assert message == f"unknown flag {name}, did you mean {meant}?"
 
 
 def test_refusals_without_a_neighbour() -> None:
-    assert refusal(parsed, "--xyzzyq") == "unknown flag --xyzzyq; allowed: see --help"
+    assert refusal(parsed, "--xyzzyq") == "unknown flag --xyzzyq, see --help"
     assert "unexpected argument; got 'stray'" in refusal(parsed, "--seed", "3", "stray")
     assert "unknown flag --seq" in refusal(parsed, "--seq", "3"), "no abbreviations"
     assert "did you mean switchlora?" in refusal(parsed, "--method", "switch-lora")
@@ -373,15 +373,18 @@ def test_exit_codes(
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
-def test_only_the_first_rank_speaks(
+def test_the_first_rank_speaks_at_once_and_others_wait(
     variable: str, no_launcher: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    no_launcher.setenv(variable, "1")
-    assert leave(ConfigError("x")) == 2
-    assert capsys.readouterr() == ("", "")
+    """A launcher ends the others while they wait; an error of one other rank alone is still heard."""
+    waited: list[float] = []
+    no_launcher.setattr("megalowrank.errors.time.sleep", waited.append)
     no_launcher.setenv(variable, "0")
     assert leave(ConfigError("x")) == 2
-    assert capsys.readouterr().err == "error: x\n"
+    assert capsys.readouterr().err == "error: x\n" and not waited
+    no_launcher.setenv(variable, "1")
+    assert leave(ConfigError("x")) == 2
+    assert capsys.readouterr().err == "rank 1: error: x\n" and len(waited) == 1
 
 
 def test_our_own_errors_keep_their_traceback(no_launcher: pytest.MonkeyPatch) -> None:

@@ -47,18 +47,20 @@ def _device(group: Any) -> torch.device:
 
 
 def from_first_rank(compute: Callable[[], str], group: Any, rank: int) -> str:
-    """Text that rank 0 computes, on every rank; a ConfigError of rank 0 is raised on all of them.
+    """Text that rank 0 computes, on every rank; an error of rank 0 is a ConfigError on all others.
 
     For work that one rank should do alone, such as hashing files. Every rank of ``group`` calls it.
     """
-    answer = ""
+    answer, failure = "", None
     if rank == 0:
         try:
             answer = "+" + compute()
-        except ConfigError as error:
-            answer = "-" + str(error)
+        except Exception as error:
+            answer, failure = "-" + str(error), error
     if group_size(group) > 1:
         answer = _broadcast(answer, group, rank)
+    if failure is not None:
+        raise failure
     if answer.startswith("-"):
         raise ConfigError(answer[1:])
     return answer[1:]

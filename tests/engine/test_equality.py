@@ -50,13 +50,14 @@ def case(variant: str, layout: str, **more: Any) -> dict[str, Any]:
 
 
 def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
-    """FIFO under every layout, precision and accumulation; the other variants under every layout and in turns."""
+    """FIFO under every layout, precision and accumulation; the other variants under every other layout in turns."""
     found = []
-    for v, variant in enumerate(VARIANTS):
-        for at, layout in enumerate(layouts):
-            turns = [(bool((v + at) % 2), 1 + (v + at) // 2 % 2)]
-            every = [(bf16, micro) for bf16 in (False, True) for micro in (1, 2)]
-            found += [case(variant, layout, bf16=b, micro=m) for b, m in (every if variant == "fifo" else turns)]
+    for at, layout in enumerate(layouts):
+        found += [case("fifo", layout, bf16=bf16, micro=micro) for bf16 in (False, True) for micro in (1, 2)]
+        for v, variant in enumerate(VARIANTS):
+            if variant != "fifo" and (v + at) % 2 == 0:
+                turn = (v + at) // 2
+                found.append(case(variant, layout, bf16=turn % 2 == 1, micro=1 + turn // 2 % 2))
     return found
 
 
@@ -71,7 +72,7 @@ def special_cases() -> list[dict[str, Any]]:
 
 
 def clipped_cases() -> list[dict[str, Any]]:
-    kinds = (("fifo", False), ("fifo", True), ("full", False))
+    kinds = (("fifo", False), ("fifo", True))
     return [case(variant, layout, bf16=bf16, clip=0.5) for variant, bf16 in kinds for layout in SMALL_SET]
 
 
@@ -79,8 +80,7 @@ def four_rank_cases() -> list[dict[str, Any]]:
     found = [case("fifo", layout, bf16=bf16, micro=1 + at % 2)
              for at, layout in enumerate(SMALL_SET) for bf16 in (False, True)]  # fmt: skip
     found += [case("full", "zero2", bf16=bf16, micro=2) for bf16 in (False, True)]
-    found += [case(variant, "zero3 small", clip=0.5) for variant in VARIANTS if variant != "fifo"]
-    return found
+    return found + [case(variant, "zero3 small", clip=0.5) for variant in ("random", "overflow random", "lora")]
 
 
 def launch(world: int, cases: list[dict[str, Any]], folder: Path) -> list[Report]:
@@ -94,7 +94,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Report]]
     """By number of ranks."""
     folder = tmp_path_factory.mktemp("equality")
     return {
-        1: launch(1, exact_cases(SMALL_SET) + clipped_cases()[::2], folder),
+        1: launch(1, exact_cases(SMALL_SET) + clipped_cases()[::3], folder),
         2: launch(2, exact_cases(LAYOUTS) + special_cases() + clipped_cases(), folder),
         4: launch(4, four_rank_cases(), folder),
     }
@@ -108,7 +108,7 @@ def beyond(worst: dict[str, dict[str, float]], limit: float, how: str = "max") -
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_dense_training(reports: dict[int, list[Report]], world: int) -> None:
     exact = [(case, ranks) for case, ranks in reports[world] if "clip" not in case]
-    assert len(exact) >= {1: 50, 2: 90}[world]
+    assert len(exact) >= {1: 35, 2: 75}[world]
     for case, ranks in exact:
         for report in ranks:
             assert beyond(report["worst"], 0.0) == {}, case
@@ -125,7 +125,7 @@ def test_fp32_with_clipping_or_on_four_ranks(reports: dict[int, list[Report]], w
     """
     chosen = [(case, ranks) for case, ranks in reports[world] if "clip" in case or world == 4]
     chosen = [(case, ranks) for case, ranks in chosen if not case.get("bf16")]
-    assert len(chosen) >= 4
+    assert len(chosen) >= 2
     for case, ranks in chosen:
         for report in ranks:
             assert beyond(report["worst"], largest) == {}, case
@@ -182,7 +182,7 @@ def test_recomputing_runs_every_block_twice(reports: dict[int, list[Report]]) ->
 
 
 def test_random_order_is_another_order(reports: dict[int, list[Report]]) -> None:
-    pools = {case["variant"]: ranks[0]["pools"] for case, ranks in reports[2] if case["name"].endswith(", zero3")}
+    pools = {case["variant"]: ranks[0]["pools"] for case, ranks in reports[2] if "recompute" not in case}
     assert pools["fifo"] != pools["random"] and pools["overflow"] != pools["overflow random"]
 
 

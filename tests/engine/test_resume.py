@@ -51,11 +51,13 @@ def case(root: Path, name: str, variant: str, layout: str, **more: Any) -> dict[
 
 
 def resume_cases(root: Path, name: str) -> list[dict[str, Any]]:
-    """FIFO under every layout and precision, the other variants under every layout; cuts and precision in turns."""
+    """FIFO under every layout and precision, the others under every other layout; cuts and precision in turns."""
     found = []
     for v, variant in enumerate(VARIANTS):
         for at, layout in enumerate(LAYOUTS):
-            precisions = (False, True) if variant == "fifo" else (bool((v + at) % 2),)
+            if variant != "fifo" and (v + at) % 2:
+                continue
+            precisions = (False, True) if variant == "fifo" else (bool((v + at) // 2 % 2),)
             found += [case(root, name, variant, layout, bf16=b, cuts=CUTS[(v + at) % len(CUTS)]) for b in precisions]
     moves = (("zero0", [3, 1]), ("zero3", [0, 2]), ("zero1", [2, 3]))
     found += [
@@ -68,7 +70,7 @@ def resume_cases(root: Path, name: str) -> list[dict[str, Any]]:
 def saved_cases(root: Path) -> list[dict[str, Any]]:
     return [
         case(root, "saved", variant, layout, bf16=bf16)
-        for variant in ("fifo", "full") for layout in LAYOUTS for bf16 in (False, True)
+        for variant, bf16 in (("fifo", False), ("fifo", True), ("full", False)) for layout in LAYOUTS
     ]  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def one_sided(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_the_run_without_a_break(reports: Reports, world: int) -> None:
-    assert len(reports[world]) > (30 if world == 2 else 12)
+    assert len(reports[world]) > (25 if world == 2 else 8)
     for case, ranks in reports[world]:
         for report in ranks if "other" not in case else ():
             assert {kind: d for kind, d in report["worst"].items() if d["max"] != 0.0} == {}, case
@@ -124,7 +126,7 @@ def test_cuts_fall_into_freeze_windows_and_between_switches(reports: Reports) ->
             between += before > 0 and after > 0
             frozen += rows > 0
         assert (sum(report["switches"]) > 0) == (case["method"] == "switchlora")
-    assert between > 20 and frozen > 20
+    assert between > 20 and frozen > between
 
 
 # ---------------------------------------------------------------- what is in the files
@@ -158,7 +160,7 @@ def test_files_do_not_depend_on_the_layout(folders: list[tuple[dict[str, Any], s
         found = contents(case["folder"])
         kind = f"{case['variant']} {case['bf16']}"
         assert same(reference.setdefault(kind, found), found), case
-    assert len(reference) == 4 and len(folders) == 20
+    assert len(reference) == 3 and len(folders) == 15
     assert not same(reference["fifo False"], reference["fifo True"])
 
 
