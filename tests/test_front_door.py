@@ -322,7 +322,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("case", ["no data", "unknown flag", "no ranks"])
 def test_the_program_refuses_in_one_line(case: str, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     out, more = tmp_path / "out", {}
-    words, named = [*flags_of(tiny_corpus), "--output-dir", str(out)], "--lora-ranc; allowed: did you mean --lora-rank?"
+    words, named = [*flags_of(tiny_corpus), "--output-dir", str(out)], "--lora-ranc, did you mean --lora-rank?"
     if case == "no data":
         words, named = edit(words, "--data-path", str(tmp_path / "none")), "none.bin"
     elif case == "unknown flag":
