@@ -42,7 +42,7 @@ def _train(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
         own = shares[groups.data_rank :: groups.data_size]
         result = engine.train_step(own, LR)
         losses.append(float(result.loss))
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
     engine.close()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return {"losses": losses, "norms": norms, "stage": resolved.stage, "accumulation": resolved.accumulation}

@@ -136,7 +136,7 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         train_samples=Samples(micro),  # type: ignore[arg-type]
         eval_samples=None,
         metrics=MetricsWriter(None, False),
-        progress=Progress(STEPS),
+        progress=Progress(STEPS, 0, False),
         memory=lambda: 0,
         save=lambda position: None,
         bytes_per_token=None,

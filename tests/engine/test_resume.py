@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 0, "sub_group_size": 40,
     }},
 }  # fmt: skip
-SPARSE = {"lora_rank": 4, "switch_interval": 8, "switch_freeze_steps": 3}
+SPARSE = {"lora_rank": 4, "lora_target": ["o"], "switch_interval": 12, "switch_freeze_steps": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fifo": {"method": "switchlora"},
     "sparse": {"method": "switchlora", "flags": SPARSE},
@@ -59,10 +59,10 @@ def resume_cases(root: Path, name: str) -> list[dict[str, Any]]:
                 continue
             precisions = (False, True) if variant == "fifo" else (bool((v + at) // 2 % 2),)
             found += [case(root, name, variant, layout, bf16=b, cuts=CUTS[(v + at) % len(CUTS)]) for b in precisions]
-    moves = (("zero0", [3, 1]), ("zero3", [0, 2]), ("zero1", [2, 3]))
+    moves = (("zero0", [3, 1], False), ("zero3", [0, 2], True), ("zero1", [2, 3], True))
     found += [
         case(root, name + "_moved", "fifo", layout, bf16=bf16, cuts=[2, 4], stages=stages)
-        for layout, stages in moves for bf16 in (False, True)
+        for layout, stages, bf16 in moves
     ]  # fmt: skip
     return found
 
@@ -107,7 +107,7 @@ def one_sided(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_the_run_without_a_break(reports: Reports, world: int) -> None:
-    assert len(reports[world]) > (25 if world == 2 else 8)
+    assert len(reports[world]) > (22 if world == 2 else 8)
     for case, ranks in reports[world]:
         for report in ranks if "other" not in case else ():
             assert {kind: d for kind, d in report["worst"].items() if d["max"] != 0.0} == {}, case
@@ -117,16 +117,16 @@ def test_bitwise_equal_to_the_run_without_a_break(reports: Reports, world: int) 
 
 
 def test_cuts_fall_into_freeze_windows_and_between_switches(reports: Reports) -> None:
-    """Some cut has switches right before and after it; another has frozen rows but no switch beside it."""
-    between, frozen = 0, 0
+    """Some cuts have switches right before and after them; others frozen rows, but no switch right before or after."""
+    between, quiet = 0, 0
     for case, ranks in reports[2][:-1]:
         report = ranks[0]
         for cut, rows in zip(case["cuts"], report["frozen"], strict=True):
             before, after = report["switches"][cut - 1 : cut + 1]
             between += before > 0 and after > 0
-            frozen += rows > 0
+            quiet += rows > 0 and 0 in (before, after)
         assert (sum(report["switches"]) > 0) == (case["method"] == "switchlora")
-    assert between > 20 and frozen > between
+    assert between > 20 and quiet > 2
 
 
 # ---------------------------------------------------------------- what is in the files
