@@ -77,10 +77,10 @@ def clipped_cases() -> list[dict[str, Any]]:
 
 
 def four_rank_cases() -> list[dict[str, Any]]:
-    found = [case("fifo", layout, bf16=bf16, micro=1 + at % 2)
-             for at, layout in enumerate(SMALL_SET) for bf16 in (False, True)]  # fmt: skip
-    found += [case("full", "zero2", bf16=bf16, micro=2) for bf16 in (False, True)]
-    return found + [case(variant, "zero3 small", clip=0.5) for variant in ("random", "overflow random", "lora")]
+    found = [case("fifo", layout, micro=1 + at % 2) for at, layout in enumerate(SMALL_SET)]
+    found += [case("fifo", layout, bf16=True) for layout in ("zero0", "zero2", "zero3 all offload")]
+    found.append(case("full", "zero2", bf16=True, micro=2))
+    return found + [case(variant, "zero3 small", clip=0.5) for variant in ("random", "lora")]
 
 
 def launch(world: int, cases: list[dict[str, Any]], folder: Path) -> list[Report]:
@@ -154,7 +154,7 @@ def test_bf16_on_four_ranks(reports: dict[int, list[Report]]) -> None:
     on average (root mean square) masters differ by less than a quarter of one update.
     """
     chosen = [(case, ranks) for case, ranks in reports[4] if case.get("bf16")]
-    assert len(chosen) == 6
+    assert len(chosen) == 4
     for case, ranks in chosen:
         for report in ranks:
             worst = report["worst"]
