@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megalowrank.engine.arena import flatten_in_place, whole_partition
-from megalowrank.engine.engine import StepResult
+from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView
@@ -58,7 +58,7 @@ class DenseEngine:
         self.module.train()
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            loss = self.module(batch) / len(micro_batches)
+            loss = poison_if_not_finite(self.module(batch)) / len(micro_batches)
             loss.backward()
             total = total + loss.detach()
         for group in self.optimizer.param_groups:

@@ -41,3 +41,12 @@ class Engine(Protocol):
 
     def reload(self) -> None:
         """Make the engine consistent after weights, masters or moments were written from outside."""
+
+
+def poison_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, multiplied by NaN where it is not finite.
+
+    Every gradient of this rank then is NaN, and the one check on the global gradient norm, which all
+    ranks share, covers the loss too; nothing waits for the host.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)

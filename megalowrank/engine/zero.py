@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megalowrank.engine import zero_state
 from megalowrank.engine.dense import factor_parameters
-from megalowrank.engine.engine import StepResult
+from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.pool import HostAllocator
@@ -108,12 +108,3 @@ class ZeroEngine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks, so that another engine can be built in this process."""
         self.deepspeed.destroy()
-
-
-def poison_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
-    """The loss, multiplied by NaN where it is not finite.
-
-    Every gradient of this rank then is NaN, and the one check on the global gradient norm, which all
-    ranks share, covers the loss too; nothing waits for the host.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)

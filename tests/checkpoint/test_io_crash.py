@@ -150,7 +150,7 @@ def test_kill_nine_at_random_moments(tmp_path: Path) -> None:
         process.start()
         far.close()
         near.recv()  # it has started
-        near.recv()  # and saved once, however slow the machine is
+        done = near.recv()  # saved once, however slow the machine is
         time.sleep(rng.uniform(0.005, 0.08))
         process.kill()
         process.join()
