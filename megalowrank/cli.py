@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megalowrank.config import DataConfig, ModelConfig, OutputConfig, ParallelConfig, TrainConfig
-from megalowrank.errors import ConfigError, nearest
+from megalowrank.errors import ConfigError, nearest, unknown_name
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -116,9 +116,7 @@ def _chosen_method(words: list[str], method_configs: dict[str, type]) -> str:
     finder.add_argument("--method", default=TrainConfig.method)
     method = finder.parse_known_args(words)[0].method
     if method not in method_configs:
-        hint = nearest(method, method_configs)
-        allowed = ", ".join(method_configs) + (f" (did you mean {hint}?)" if hint else "")
-        raise ConfigError("--method is unknown", repr(method), allowed)
+        raise unknown_name("--method is unknown", method, method_configs)
     return method
 
 

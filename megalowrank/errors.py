@@ -27,6 +27,13 @@ class ConfigError(Exception):
         super().__init__("; ".join(parts))
 
 
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is none of ``known``; it says which one is close."""
+    names = list(known)
+    hint = nearest(name, names)
+    return ConfigError(what, repr(name), ", ".join(names) + (f" (did you mean {hint}?)" if hint else ""))
+
+
 class TrainingError(Exception):
     """A run that cannot go on (too many non-finite steps, for instance); exit code 1."""
 

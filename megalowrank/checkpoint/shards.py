@@ -22,6 +22,7 @@ import torch
 from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import Piece, full_box
 from megalowrank.errors import ConfigError
+from megalowrank.lowrank.factors import folded_weights
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.state import FlatPartition, OptimizerStateView
 from megalowrank.methods.base import Method
@@ -122,7 +123,7 @@ class RunTensors:
             partition.updates = updates
 
     def _folded(self) -> list[FoldedWeight]:
-        return list({id(layer.weight): layer.weight for layer in self.model.layers}.values())
+        return folded_weights(self.model.layers)
 
     def _clocks(self) -> Iterator[tuple[str, np.ndarray]]:
         clocks = self.state.clocks

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LowRankFactors, folded_weights
 from megalowrank.methods.base import Method
 from megalowrank.models.accounting import Bytes, human
 
@@ -21,7 +21,7 @@ def measured_bytes(engine: Any, method: Method, layers: Sequence[LowRankFactors]
     not measured: between updates they are mostly gone. Under ZeRO-3 gathered parameters count while they are.
     """
     parameters = list(engine.module.parameters())
-    folded = {id(layer.weight): layer.weight for layer in layers}.values()
+    folded = folded_weights(layers)
     partitions = engine.state.partitions
     tensors = {
         "weights": _stored(p for p in parameters if p.requires_grad),

@@ -14,7 +14,7 @@ from megalowrank.engine import zero_state
 from megalowrank.engine.dense import factor_parameters
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LowRankFactors, folded_weights
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.state import OptimizerStateView
 from megalowrank.parallel.collectives import mean_over
@@ -69,7 +69,7 @@ class ZeroEngine:
         self.state = OptimizerStateView(
             factors, self.layout.partitions, self.layout.forward, self.group, self.layout.masters_sharded
         )
-        for folded in {id(layer.weight): layer.weight for layer in layers}.values():
+        for folded in folded_weights(layers):
             folded.bind(zero_state.weight_locator(folded.parameter))
         optimizer.bind(self.layout.partitions, self.state.clocks, factors)
         optimizer.guard, optimizer.clip_grad = plain, clip if plain else 0.0

@@ -7,6 +7,7 @@ a vector is contiguous whatever cuts the optimizer state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +69,8 @@ class LowRankFactors:
     def fold(self, u_KM: torch.Tensor, v_KN: torch.Tensor) -> None:
         """W += s · u_KMᵀ v_KN on this rank's part of W. u_KM [k, out], v_KN [k, in]."""
         self.weight.add(self.row_start, u_KM, v_KN, self.scale)
+
+
+def folded_weights(layers: Sequence[LowRankFactors]) -> list[FoldedWeight]:
+    """The frozen weights under ``layers``, each once; the matrices of a fused projection share one."""
+    return list({id(layer.weight): layer.weight for layer in layers}.values())

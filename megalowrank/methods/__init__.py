@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalowrank.errors import ConfigError, nearest
+from megalowrank.errors import unknown_name
 from megalowrank.methods.base import Method
 from megalowrank.methods.full_rank import FullRank
 from megalowrank.methods.lora import LoRA
@@ -14,7 +14,5 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (FullRank,
 def method_class(name: str) -> type[Method]:
     """The method called ``name``; ConfigError names the closest one otherwise."""
     if name not in METHODS:
-        hint = nearest(name, METHODS)
-        allowed = ", ".join(METHODS) + (f" (did you mean {hint}?)" if hint else "")
-        raise ConfigError("--method is unknown", repr(name), allowed)
+        raise unknown_name("--method is unknown", name, METHODS)
     return METHODS[name]

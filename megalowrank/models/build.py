@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LowRankFactors, folded_weights
 from megalowrank.lowrank.fold import RESIDUAL_DTYPES
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.lowrank.select import adapted, check_patterns
@@ -67,7 +67,7 @@ def build_llama(
     forward_dtype = forward_dtype or dtype
     warnings = method.initialise(layers, seed, forward_dtype)
     if forward_dtype == torch.bfloat16:
-        for folded in {id(layer.weight): layer.weight for layer in layers}.values():
+        for folded in folded_weights(layers):
             folded.keep_residual(RESIDUAL_DTYPES[fold_residual])
     return BuiltModel(module, layers, tensors, warnings)
 

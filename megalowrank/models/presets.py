@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megalowrank.config import ModelConfig
-from megalowrank.errors import ConfigError, nearest
+from megalowrank.errors import ConfigError, unknown_name
 
 VOCABULARY = 32100
 
@@ -32,9 +32,7 @@ def apply_preset(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model
     filled = replace(config)
     if config.preset is not None:
         if config.preset not in LLAMA:
-            hint = nearest(config.preset, LLAMA)
-            allowed = ", ".join(LLAMA) + (f" (did you mean {hint}?)" if hint else "")
-            raise ConfigError("--preset is unknown", repr(config.preset), allowed)
+            raise unknown_name("--preset is unknown", config.preset, LLAMA)
         names = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")
         for name, value in zip(names, LLAMA[config.preset], strict=True):
             if getattr(config, name) is None:
