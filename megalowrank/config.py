@@ -80,14 +80,16 @@ class ModelConfig:
 class TrainConfig:
     """Length, batch, optimizer and schedule of a run."""
 
-    method: str = flag("switchlora", "what is trained, and how: full, lora or switchlora")
+    method: str = flag("switchlora", "what is trained, and how: full, lora, switchlora or relora")
     seq_length: int = flag(512, "length of a sample", unit="tokens")
     micro_batch_size: int | None = flag(None, "samples of one forward pass on one rank")
     global_batch_size: int | None = flag(None, "samples of one update over all ranks")
     train_iters: int = flag(1000, "updates of the run", unit="updates")
     lr: float | None = flag(None, "peak learning rate; default: optimizer.params.lr of the DeepSpeed JSON")
     min_lr: float = flag(0.0, "learning rate at the end of the decay")
-    lr_decay_style: str = flag("cosine", "shape of the decay", choices=("constant", "linear", "cosine"))
+    lr_decay_style: str = flag(
+        "cosine", "shape of the decay", choices=("constant", "linear", "cosine", "cosine_restarts")
+    )
     lr_warmup_iters: int = flag(0, "updates of linear warm-up from 0", unit="updates")
     lr_decay_iters: int | None = flag(
         None, "update at which --min-lr is reached; default: --train-iters", unit="updates"
@@ -115,8 +117,13 @@ class TrainConfig:
             ("weight_decay", 0.0), ("max_skipped_steps", 0), ("adam_eps", 0.0), ("seed", 0),
         ):  # fmt: skip
             at_least(name.replace("_", "-"), getattr(self, name), minimum)
-        for name in ("micro_batch_size", "global_batch_size", "lr_decay_iters", "exit_interval"):
+        for name in ("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_restart_interval", "exit_interval"):
             if getattr(self, name) is not None:
+    lr_restart_interval: int | None = flag(
+        None, "updates between restarts of cosine_restarts; default: the method's interval", unit="updates"
+    )
+    lr_restart_warmup_iters: int = flag(0, "updates of linear warm-up after a restart", unit="updates")
+    lr_restart_offset: int = flag(0, "updates by which restarts and merges come earlier", unit="updates")
                 at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -138,6 +145,7 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is not supported yet", getattr(self, name), 1)
+            ("lr_restart_warmup_iters", 0), ("lr_restart_offset", 0),
         at_least("distributed-timeout-minutes", self.distributed_timeout_minutes, 1)
 
 

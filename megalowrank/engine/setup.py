@@ -23,6 +23,7 @@ from megalowrank.engine.metrics import MetricsWriter, Progress
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState
+from megalowrank.engine.schedule import with_restarts
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.errors import ConfigError
 from megalowrank.methods import METHODS
@@ -48,17 +49,19 @@ def pretrain(argv: Sequence[str], build: Builder, program: str) -> None:
             "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
         )
     resolved = dsconfig.resolve(config.ds_config, config.train, config.given, world, model_config.hidden_size or 0)
-    train = resolved.train
+    method = METHODS[resolved.train.method](config.method_config)
+    train = with_restarts(resolved.train, method.restart_interval())
+    resolved = dataclasses.replace(resolved, train=train)
     corpus = open_corpus(config.data, train, model_config.vocab_size or 0, resolved.global_batch_size)
     initialize_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     groups = initialize_groups(config.parallel)
-    method = METHODS[train.method](config.method_config)
     model = build_model(build, model_config, train, method)
     engine = ZeroEngine(model.module, model.layers, make_optimizer(model.module, train), resolved.deepspeed, groups)
     allocate = host_allocator(resolved.pin_host_memory)
     ctx = Context(
-        model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate
-    )
+        model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
+        train.lr_restart_offset,
+    )  # fmt: skip
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups.data_rank), groups, run)

@@ -51,6 +51,15 @@ class FlatPartition:
         self.exp_avg_sq = torch.zeros_like(self.master)
 
 
+@dataclass(frozen=True)
+class MomentPiece:
+    """Elements [start, start + numel) of a flattened factor: views of the moments that this rank holds."""
+
+    start: int
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
 class Clocks:
     """Birth of every vector: the number of updates done when its Adam clock was last restarted.
 
@@ -122,10 +131,10 @@ class OptimizerStateView:
     ) -> None:
         self.partitions, self.forward = partitions, forward
         self.group, self.masters_sharded = group, masters_sharded
-        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
-        self.clocks = Clocks(np.array([shape[0] for shape in shapes], dtype=np.int64))
+        self.shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
+        self.clocks = Clocks(np.array([shape[0] for shape in self.shapes], dtype=np.int64))
         self._windows = [_windows(partition, factors) for partition in partitions]
-        full = np.array([shape[0] * shape[1] for shape in shapes], dtype=np.int64)
+        full = np.array([shape[0] * shape[1] for shape in self.shapes], dtype=np.int64)
         self._whole = [np.array_equal(sizes, full) for _, _, sizes in self._windows]
         self._alone = group_size(group) == 1
         flat = forward.flat if isinstance(forward, FlatForwardCopy) else None
@@ -163,7 +172,9 @@ class OptimizerStateView:
         buffer = torch.zeros(wanted.numel + beside.numel(), dtype=self.dtype, device=self.device)
         buffer[: wanted.numel] = self._own(wanted)
         buffer[wanted.numel :] = beside
-        sum_over(buffer if self.masters_sharded else buffer[wanted.numel :], self.group)
+        traveling = buffer if self.masters_sharded else buffer[wanted.numel :]
+        if traveling.numel():
+            sum_over(traveling, self.group)
         masters, rest = buffer[: vectors.numel], buffer[vectors.numel :]
         if values is not None:
             return masters, values.to(self.dtype), rest
@@ -183,6 +194,21 @@ class OptimizerStateView:
         for partition, (here, _) in zip(self.partitions, self._locate(vectors), strict=True):
             partition.exp_avg.index_fill_(0, here, 0)
             partition.exp_avg_sq.index_fill_(0, here, 0)
+
+    def moments(self, factor: int) -> list[MomentPiece]:
+        """The parts of a factor's moments that this rank holds; writes go through."""
+        found = []
+        for partition, (offsets, starts, sizes) in zip(self.partitions, self._windows, strict=True):
+            if sizes[factor]:
+                here = slice(int(offsets[factor]), int(offsets[factor] + sizes[factor]))
+                found.append(MomentPiece(int(starts[factor]), partition.exp_avg[here], partition.exp_avg_sq[here]))
+        return found
+
+    def sum_over_shards(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum what each rank counted over its own part of the moments; every rank calls it, all get the sum."""
+        if not self.masters_sharded:
+            return counts
+        return sum_over(counts.to(self.device), self.group).to(counts.device)
 
     def restart_clock(self, vectors: VectorSet) -> None:
         """The next update is update 1 of these vectors for Adam's bias correction."""

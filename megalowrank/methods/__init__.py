@@ -6,9 +6,10 @@ from megalowrank.errors import unknown_name
 from megalowrank.methods.base import Method
 from megalowrank.methods.full_rank import FullRank
 from megalowrank.methods.lora import LoRA
+from megalowrank.methods.relora import ReLoRA
 from megalowrank.methods.switchlora import SwitchLoRA
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FullRank, LoRA, SwitchLoRA)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FullRank, LoRA, SwitchLoRA, ReLoRA)}
 
 
 def method_class(name: str) -> type[Method]:

@@ -24,7 +24,10 @@ from megalowrank.lowrank.state import OptimizerStateView
 
 @dataclass
 class Context:
-    """Everything a method may touch. ``layers`` are in the order of their global index."""
+    """Everything a method may touch. ``layers`` are in the order of their global index.
+
+    ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier.
+    """
 
     layers: Sequence[LowRankFactors]
     state: OptimizerStateView
@@ -33,6 +36,7 @@ class Context:
     data_rank: int
     data_size: int
     allocate_host: HostAllocator
+    restart_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Method:
     def lr_scale(self, step: int) -> float:
         """Factor on the learning rate of update ``step``."""
         return 1.0
+
+    def restart_interval(self) -> int | None:
+        """Updates between restarts of the method, with which the learning rate may restart; None: it has none."""
+        return None
 
     def counters(self) -> dict[str, float]:
         """The method's own numbers for a log line, since the last call."""

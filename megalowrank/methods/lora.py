@@ -31,8 +31,8 @@ class LoRAConfig:
     lora_rank: int = flag(128, "rank r of every adapted matrix")
     lora_alpha: float = flag(1.0, "scale of the low-rank term is alpha / r")
     lora_init: str = flag("switchlora", "how the factors start", choices=("switchlora", "classic"))
-    lora_target: list = flag(
-        ["q", "k", "v", "o", "gate", "up", "down"], "matrices to adapt: names or shell patterns", nargs="+"
+    lora_target: list | None = flag(
+        None, "matrices to adapt: names or shell patterns; default: every linear of the blocks", nargs="+"
     )
 
     def check(self) -> None:
@@ -67,14 +67,23 @@ class LoRA(Method):
 
     def adapters(self) -> Adapters:
         rank = self.config.lora_rank
-        return Adapters(LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target))
+        return Adapters(LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target or ("*",)))
 
     def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
         """Draw A and B and take s·B·A out of W."""
         for layer in layers:
-            bound_A, bound_B = bounds(self.config.lora_init, layer.rank, layer.out_features, layer.in_features)
+            A, Bt = self.drawn(layer, self.config.lora_init, dtype, seed)
             with torch.no_grad():
-                layer.A.copy_(draw(bound_A, (layer.rank, layer.in_features), seed, layer.name, "A").to(dtype))
-                layer.Bt.copy_(draw(bound_B, (layer.rank, layer.out_features), seed, layer.name, "B").to(dtype))
+                layer.A.copy_(A)
+                layer.Bt.copy_(Bt)
                 layer.fold(-layer.Bt, layer.A)
         return []
+
+    def drawn(
+        self, layer: LowRankFactors, init: str, dtype: torch.dtype, seed: int, *key: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and Bᵀ [r, out] of a start called ``init``, rounded to ``dtype``; ``key`` tells draws apart."""
+        bound_A, bound_B = bounds(init, layer.rank, layer.out_features, layer.in_features)
+        A = draw(bound_A, (layer.rank, layer.in_features), seed, layer.name, "A", *key)
+        Bt = draw(bound_B, (layer.rank, layer.out_features), seed, layer.name, "B", *key)
+        return A.to(dtype), Bt.to(dtype)

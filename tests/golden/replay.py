@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from megalowrank.config import ModelConfig, ParallelConfig
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.engine.zero import ZeroEngine, initialize_distributed
+from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
+from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.methods import METHODS, method_class
-from megalowrank.methods.base import Method
+from megalowrank.methods.base import Context, Method
+from megalowrank.methods.relora import ReLoRA
 from megalowrank.models.build import BuiltModel, build_llama
 from megalowrank.parallel.groups import initialize_groups
 
@@ -54,6 +58,38 @@ class Golden:
         return self.family in METHODS
 
 
+def lora_settings(golden: Golden) -> dict[str, Any]:
+    """Flags of a LoRA run."""
+    cfg = golden.record["cfg"]
+    return {"lora_rank": cfg["r"], "lora_alpha": cfg["alpha"], "lora_init": "classic"}
+
+
+def relora_settings(golden: Golden) -> dict[str, Any]:
+    """Flags of a ReLoRA run; masks are the reference's independent ones unless the record says otherwise."""
+    cfg = golden.record["cfg"]
+    reset, random, magnitude = cfg["reset"]
+    assert not random, f"{golden.name}: the draws of random pruning are not recorded"
+    how = "magnitude" if magnitude else "zero" if reset else "none"
+    return {
+        **lora_settings(golden),
+        "lora_init": "classic" if cfg["fix_init"] else "zero",
+        "relora_interval": cfg["R"],
+        "relora_reset": how,
+        "relora_prune_ratio": magnitude or 0.9,
+        "relora_masks": "shared" if cfg.get("shared") or "shared" in golden.name else "independent",
+    }
+
+
+SETTINGS: dict[str, Callable[[Golden], dict[str, Any]]] = {"lora": lora_settings, "relora": relora_settings}
+
+
+def recorded_draw(golden: Golden, layer: LowRankFactors, step: int, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and Bᵀ after a merge as the reference drew them."""
+    drawn = np.load(golden.folder / f"{golden.name}_A.npz")
+    A = torch.from_numpy(drawn[f"A{step}/" + reference_name(f"{layer.name}.weight")[: -len(".weight")]])
+    return A.to(ctx.state.forward.dtype), torch.zeros(layer.rank, layer.out_features, dtype=ctx.state.forward.dtype)
+
+
 def found_in(folder: Path) -> list[Golden]:
     """Every run in a folder."""
     return [Golden(folder, path.stem) for path in sorted(folder.glob("*.json"))]
@@ -72,8 +108,9 @@ def build(golden: Golden, dtype: torch.dtype) -> tuple[Method, BuiltModel]:
     """The model of a run with its recorded initial weights and factors."""
     cfg = golden.record["cfg"]
     kind = method_class(golden.family)
-    settings = {"lora_rank": cfg["r"], "lora_alpha": cfg["alpha"], "lora_init": "classic"}
-    method = kind(kind.config_class(**settings) if golden.family == "lora" else kind.config_class())
+    method = kind(kind.config_class(**SETTINGS.get(golden.family, lambda golden: {})(golden)))
+    if isinstance(method, ReLoRA):
+        method.redraw = partial(recorded_draw, golden)  # type: ignore[method-assign]
     model = build_llama(MODEL, method, length=64, seed=0, dtype=dtype)
     weights = np.load(golden.folder / "tiny_llama_init.npz")
     drawn = np.load(golden.folder / f"{golden.name}_A.npz") if golden.family != "full" else {}
@@ -97,11 +134,16 @@ def optimizer_of(golden: Golden, model: BuiltModel) -> VectorClockAdamW:
     return VectorClockAdamW(trained, betas=tuple(cfg["betas"]), weight_decay=cfg["wd"])
 
 
-def train(golden: Golden, engine: Engine, rank: int = 0, world: int = 1) -> tuple[list[float], float]:
+def train(
+    golden: Golden, method: Method, model: BuiltModel, engine: Engine, rank: int = 0, world: int = 1
+) -> tuple[list[float], float]:
     """(training loss before every update, final validation loss)."""
     record, data = golden.record, np.load(golden.folder / "tiny_llama_data.npz")
-    losses = []
-    for update in range(record["cfg"]["steps"]):
+    steps, losses = record["cfg"]["steps"], []
+    ctx = Context(model.layers, engine.state, 0, steps, rank, world, host_allocator(False))
+    method.start(ctx)
+    for update in range(steps):
+        method.before_step(update, ctx)
         batch = torch.from_numpy(data["train"][update]).long().chunk(world)[rank]
         losses.append(float(engine.train_step([batch], record["lr"][update]).loss))
     return losses, float(engine.eval_step(torch.from_numpy(data["val"]).long()))
@@ -109,8 +151,8 @@ def train(golden: Golden, engine: Engine, rank: int = 0, world: int = 1) -> tupl
 
 def dense(golden: Golden, dtype: torch.dtype) -> tuple[list[float], float]:
     """Replay without DeepSpeed."""
-    _, model = build(golden, dtype)
-    return train(golden, DenseEngine(model.module, model.layers, optimizer_of(golden, model), 1.0))
+    method, model = build(golden, dtype)
+    return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), 1.0))
 
 
 def through_deepspeed(payload: dict[str, Any]) -> list[tuple[list[float], float]]:
@@ -120,7 +162,7 @@ def through_deepspeed(payload: dict[str, Any]) -> list[tuple[list[float], float]
     results = []
     for name in payload["runs"]:
         golden = Golden(Path(payload["folder"]), name)
-        _, model = build(golden, torch.float32)
+        method, model = build(golden, torch.float32)
         settings = {
             "train_batch_size": 16,
             "train_micro_batch_size_per_gpu": 16 // groups.data_size,
@@ -130,6 +172,6 @@ def through_deepspeed(payload: dict[str, Any]) -> list[tuple[list[float], float]
             "zero_allow_untested_optimizer": True,
         }
         engine = ZeroEngine(model.module, model.layers, optimizer_of(golden, model), settings, groups)
-        results.append(train(golden, engine, groups.data_rank, groups.data_size))
+        results.append(train(golden, method, model, engine, groups.data_rank, groups.data_size))
         engine.close()
     return results
