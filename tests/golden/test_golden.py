@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megalowrank.config import TrainConfig
+from megalowrank.engine.schedule import learning_rate, with_restarts
 from megalowrank.parallel.groups import initialize_single_process
+from tests.golden.plain_relora import make_run
 from tests.golden.replay import Golden, dense, found_in
 from tests.harness import run_ranks
+
+DATA = Path(__file__).parent / "data"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,6 +59,39 @@ def test_float32_through_deepspeed(request: pytest.FixtureRequest, tmp_path: Pat
         ends = np.abs(np.subtract([losses[-1], validation], [run.record["loss"][-1], run.record["val"]]))
         if ends.max() > 1e-3:
             assert ends.max() < 3 * float32_noise(run, tmp_path), (run.name, ends)
+
+
+VARIANTS = {
+    "magnitude_shared": {"fix_init": True, "share": 0.9, "shared": True},
+    "magnitude_independent": {"fix_init": True, "share": 0.8, "shared": False},
+    "zero_start": {"fix_init": False, "share": 0.0, "shared": True},
+    "zero_start_magnitude": {"fix_init": False, "share": 0.9, "shared": False},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_relora_variants_that_no_recorded_run_covers(name: str, tmp_path: Path) -> None:
+    """Both masks and both starts against plain torch on Hugging Face's model, in float64."""
+    make_run(DATA, tmp_path / "runs", f"relora_{name}", steps=48, **VARIANTS[name])
+    (run,) = found_in(tmp_path / "runs")
+    assert run.family == "relora"
+    initialize_single_process(str(tmp_path / "store"))
+    losses, validation = dense(run, torch.float64)
+    assert np.abs(np.subtract(losses, run.record["loss"])).max() < 1e-7
+    assert validation == pytest.approx(run.record["val"], abs=1e-7)
+
+
+def test_schedule_of_the_recorded_relora_run() -> None:
+    """Every learning rate of the reference's jagged cosine."""
+    record = json.loads((DATA / "relora_s1_fixinit_zeroreset.json").read_text())
+    cfg = record["cfg"]
+    train = TrainConfig(
+        train_iters=cfg["steps"], lr_decay_style="cosine_restarts", lr_warmup_iters=cfg["warm"],
+        lr_restart_warmup_iters=cfg["rwarm"], min_lr=0.1 * cfg["lr"],
+    )  # fmt: skip
+    train = with_restarts(train, cfg["R"])
+    found = [learning_rate(step, cfg["lr"], train) for step in range(cfg["steps"])]
+    assert found == pytest.approx(record["lr"], rel=1e-12, abs=1e-18)
 
 
 def float32_noise(run: Golden, tmp_path: Path) -> float:
