@@ -13,13 +13,16 @@ from typing import Any
 from megalowrank.errors import ConfigError
 
 
-def flag(default: Any, text: str, *, unit: str = "", choices: tuple = (), nargs: str | None = None) -> Any:
+def flag(
+    default: Any, text: str, *, unit: str = "", choices: tuple = (), nargs: str | None = None, free: bool = False
+) -> Any:
     """A dataclass field that is also a command-line flag.
 
     ``text`` is the help line, ``unit`` the unit of the value, ``choices`` the allowed values and
-    ``nargs`` is passed to argparse for lists.
+    ``nargs`` is passed to argparse for lists. ``free``: the value may change when a run is resumed, although
+    others of its section may not.
     """
-    metadata = {"help": text, "unit": unit, "choices": choices, "nargs": nargs}
+    metadata = {"help": text, "unit": unit, "choices": choices, "nargs": nargs, "free": free}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,7 +45,7 @@ def above(name: str, value: float, bound: float) -> None:
 class ModelConfig:
     """Shape of the transformer; a preset fills what is not given."""
 
-    preset: str | None = flag(None, "published model shape, e.g. llama_350m; other flags override it")
+    preset: str | None = flag(None, "published model shape, e.g. llama_350m; other flags override it", free=True)
     num_layers: int | None = flag(None, "transformer blocks")
     hidden_size: int | None = flag(None, "width of the residual stream")
     ffn_hidden_size: int | None = flag(None, "width of the gated MLP")
@@ -94,6 +97,11 @@ class TrainConfig:
     lr_decay_iters: int | None = flag(
         None, "update at which --min-lr is reached; default: --train-iters", unit="updates"
     )
+    lr_restart_interval: int | None = flag(
+        None, "updates between restarts of cosine_restarts; default: the method's interval", unit="updates"
+    )
+    lr_restart_warmup_iters: int = flag(0, "updates of linear warm-up after a restart", unit="updates")
+    lr_restart_offset: int = flag(0, "updates by which restarts and merges come earlier", unit="updates")
     weight_decay: float = flag(0.0, "decoupled weight decay of AdamW")
     adam_beta1: float = flag(0.9, "decay of exp_avg")
     adam_beta2: float = flag(0.999, "decay of exp_avg_sq")
@@ -115,15 +123,11 @@ class TrainConfig:
         for name, minimum in (
             ("seq_length", 1), ("train_iters", 1), ("lr_warmup_iters", 0), ("min_lr", 0.0), ("clip_grad", 0.0),
             ("weight_decay", 0.0), ("max_skipped_steps", 0), ("adam_eps", 0.0), ("seed", 0),
+            ("lr_restart_warmup_iters", 0), ("lr_restart_offset", 0),
         ):  # fmt: skip
             at_least(name.replace("_", "-"), getattr(self, name), minimum)
         for name in ("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_restart_interval", "exit_interval"):
             if getattr(self, name) is not None:
-    lr_restart_interval: int | None = flag(
-        None, "updates between restarts of cosine_restarts; default: the method's interval", unit="updates"
-    )
-    lr_restart_warmup_iters: int = flag(0, "updates of linear warm-up after a restart", unit="updates")
-    lr_restart_offset: int = flag(0, "updates by which restarts and merges come earlier", unit="updates")
                 at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -145,7 +149,6 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is not supported yet", getattr(self, name), 1)
-            ("lr_restart_warmup_iters", 0), ("lr_restart_offset", 0),
         at_least("distributed-timeout-minutes", self.distributed_timeout_minutes, 1)
 
 

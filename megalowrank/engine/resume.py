@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megalowrank.checkpoint.io import Checkpoint, find_auto, save_checkpoint
 from megalowrank.checkpoint.shards import RunTensors
-from megalowrank.config import OutputConfig
+from megalowrank.config import ModelConfig, OutputConfig
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
 from megalowrank.errors import ConfigError
@@ -21,6 +21,7 @@ from megalowrank.parallel.groups import Groups
 MUST_AGREE = (
     ("model", None),
     ("train", ("method", "seed", "seq_length", "global_batch_size", "bf16", "fold_residual")),
+    ("method_config", None),
 )
 
 
@@ -94,10 +95,9 @@ class RunState:
         return Position(checkpoint.step, int(checkpoint.state["attempts"]))
 
     def _compare(self, saved: dict[str, Any], name: str) -> None:
-        for section, fields in MUST_AGREE:
-            for key in fields or self.run[section]:
-                if key == "preset":
-                    continue
+        free = {f.name for kind in (ModelConfig, self.method.config) for f in fields(kind) if f.metadata.get("free")}
+        for section, names in MUST_AGREE:
+            for key in names or self.run[section].keys() - free:
                 if saved[section].get(key) != self.run[section].get(key):
                     raise ConfigError(
                         f"--{key.replace('_', '-')} differs from the checkpoint {name}",

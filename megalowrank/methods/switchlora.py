@@ -48,7 +48,7 @@ class SwitchLoRAConfig(LoRAConfig):
     switch_freeze_steps: int = flag(5, "steps for which a counterpart gets no gradient", unit="steps")
     switch_schedule: str = flag("exponential", "how the rate falls", choices=("exponential", "sigmoid", "constant"))
     switch_order: str = flag("fifo", "which candidate comes next", choices=("fifo", "random"))
-    offload_candidates: bool = flag(True, "keep candidates in host memory")
+    offload_candidates: bool = flag(True, "keep candidates in host memory", free=True)
 
     def check(self) -> None:
         """Ranges, and that a position is not switched again while it is frozen."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora_rank": 5, "lora_init": "classic"},
     "switchlora": {"lora_rank": 5, "switch_interval": 4, "switch_freeze_steps": 2, "switch_descent_rate": 1.0},
+    "relora": {"lora_rank": 5, "relora_interval": 2, "relora_reset": "magnitude", "relora_prune_ratio": 0.7},
 }
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
@@ -166,7 +167,8 @@ def _strayed(parameters: dict[str, Any], found: Tensors) -> Iterator[float]:
 class Run:
     """Losses of all updates and the state after the last.
 
-    ``switched`` counts the vectors that were switched, ``calls`` the forward passes of the first block.
+    ``switched`` counts the vectors that were switched, ``calls`` the forward passes of the first block;
+    ``counters`` are the method's own.
     """
 
     losses: list[float]
@@ -174,6 +176,7 @@ class Run:
     switched: int = 0
     overflowed: bool = False
     calls: int = 0
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class GroupedDenseEngine(DenseEngine):
@@ -238,7 +241,7 @@ def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, share
     losses.append(float(evaluate(shares(0))))
     engine.end_evaluation()
     switched = int(method.switched.sum()) if hasattr(method, "switched") else 0
-    return Run(losses, snapshot(model, engine, method), switched, overflowed, len(calls))
+    return Run(losses, snapshot(model, engine, method), switched, overflowed, len(calls), method.counters())
 
 
 def optimizer_of(case: dict[str, Any], model: BuiltModel) -> VectorClockAdamW:
@@ -348,6 +351,7 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "switched": [found.switched, expected.switched],
             "overflowed": found.overflowed,
             "calls": found.calls,
+            "counters": [found.counters, expected.counters],
             "idle": [n for n, t in found.tensors.items() if n.startswith("exp_avg/") and not t.any()],
             "pools": [float(t.double().abs().sum()) for n, t in found.tensors.items() if n.startswith("pool/")],
         })  # fmt: skip

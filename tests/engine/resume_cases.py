@@ -34,12 +34,16 @@ from tests.engine.equality_cases import (
 )
 
 
-def run_json(case: dict[str, Any], **changed: Any) -> dict[str, Any]:
+def run_json(case: dict[str, Any], method: Method, **changed: Any) -> dict[str, Any]:
     """What ``run.json`` says of a run, as far as resuming reads it."""
     train = TrainConfig(
         method=case["method"], seed=SEED, seq_length=9, global_batch_size=4, bf16=case.get("bf16", False)
     )
-    return {"model": {**MODEL}, "train": {**dataclasses.asdict(train), **changed}}
+    return {
+        "model": {**MODEL},
+        "train": {**dataclasses.asdict(train), **changed},
+        "method_config": dataclasses.asdict(method.config),
+    }
 
 
 class Process:
@@ -50,7 +54,7 @@ class Process:
         self.ctx = context(model, engine, groups.data_rank, groups.data_size)
         method.start(self.ctx)
         tensors = RunTensors(model, engine.state, method, groups.data_rank)
-        self.state = RunState(engine, method, tensors, groups, run_json(case))
+        self.state = RunState(engine, method, tensors, groups, run_json(case, method))
         self.losses: list[float] = []
         self.switches: list[int] = []
 

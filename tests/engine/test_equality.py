@@ -39,7 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "freeze 0": {"method": "switchlora", "flags": {"switch_freeze_steps": 0, "switch_interval": 2}},
     "lora": {"method": "lora"},
     "full": {"method": "full"},
+    "merge": {"method": "relora"},
+    "merge, both masks": {"method": "relora", "flags": {"relora_masks": "independent", "relora_prune_ratio": 0.5}},
+    "merge, zero": {"method": "relora", "flags": {"relora_reset": "zero", "relora_interval": 3}},
+    "merge, random": {"method": "relora", "flags": {"relora_reset": "random", "relora_restart_clock": True}},
+    "merge, drawn B": {"method": "relora", "flags": {"lora_init": "switchlora", "relora_reset": "none"}},
 }
+EVERYWHERE = ("fifo", "merge")
 
 
 SMALL_SET = ("zero0", "zero1", "zero2", "zero3", "zero3 all offload")
@@ -50,12 +56,14 @@ def case(variant: str, layout: str, **more: Any) -> dict[str, Any]:
 
 
 def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
-    """FIFO under every layout, precision and accumulation; the other variants under every other layout in turns."""
+    """FIFO under every layout, precision and accumulation, merges under every layout and precision; the other
+    variants under every other layout in turns."""
     found = []
     for at, layout in enumerate(layouts):
         found += [case("fifo", layout, bf16=bf16, micro=micro) for bf16 in (False, True) for micro in (1, 2)]
+        found += [case("merge", layout, bf16=bf16, micro=1 + (bf16 + at) % 2) for bf16 in (False, True)]
         for v, variant in enumerate(VARIANTS):
-            if variant != "fifo" and (v + at) % 2 == 0:
+            if variant not in EVERYWHERE and (v + at) % 2 == 0:
                 turn = (v + at) // 2
                 found.append(case(variant, layout, bf16=turn % 2 == 1, micro=1 + turn // 2 % 2))
     return found
@@ -79,7 +87,7 @@ def clipped_cases() -> list[dict[str, Any]]:
 def four_rank_cases() -> list[dict[str, Any]]:
     found = [case("fifo", layout, micro=1 + at % 2) for at, layout in enumerate(SMALL_SET)]
     found += [case("fifo", layout, bf16=True) for layout in ("zero0", "zero2", "zero3 all offload")]
-    found.append(case("full", "zero2", bf16=True, micro=2))
+    found += [case("full", "zero2", bf16=True, micro=2), case("merge", "zero3 small"), case("merge", "zero2")]
     return found + [case(variant, "zero3 small", clip=0.5) for variant in ("random", "lora")]
 
 
@@ -108,7 +116,7 @@ def beyond(worst: dict[str, dict[str, float]], limit: float, how: str = "max") -
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_dense_training(reports: dict[int, list[Report]], world: int) -> None:
     exact = [(case, ranks) for case, ranks in reports[world] if "clip" not in case]
-    assert len(exact) >= {1: 35, 2: 75}[world]
+    assert len(exact) >= {1: 55, 2: 110}[world]
     for case, ranks in exact:
         for report in ranks:
             assert beyond(report["worst"], 0.0) == {}, case
@@ -168,11 +176,30 @@ def test_bf16_on_four_ranks(reports: dict[int, list[Report]]) -> None:
 def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], world: int) -> None:
     for case, ranks in reports[world]:
         for report in ranks:
-            assert report["learned"] > 0.05, case
+            assert report["learned"] > 0.05 or case["variant"] == "merge, both masks", case
             assert report["idle"] == [], f"{case}: tensors without a gradient"
             assert report["switched"][0] == report["switched"][1]
             assert (report["switched"][0] > 20) == (case["method"] == "switchlora"), case
             assert report["overflowed"] == (case["variant"] in ("overflow", "overflow random", "freeze 0")), case
+
+
+MERGES = {"merge": 2, "merge, both masks": 2, "merge, zero": 1, "merge, random": 2, "merge, drawn B": 2}
+ZEROED = {"merge": 0.7, "merge, both masks": 0.5, "merge, zero": 1.0, "merge, random": 0.7}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_merges_pruned_what_they_should(reports: dict[int, list[Report]], world: int) -> None:
+    """The share of zeros of both moments, counted over shards, is that of the dense run and what was asked for."""
+    merging = [(case, ranks) for case, ranks in reports[world] if case["method"] == "relora"]
+    assert {case["variant"] for case, _ in merging} >= (set(MERGES) if world < 4 else {"merge"})
+    for case, ranks in merging:
+        for report in ranks:
+            found, expected = report["counters"]
+            assert found["merges"] == expected["merges"] == MERGES[case["variant"]], case
+            for moment in ("exp_avg", "exp_avg_sq") if case["variant"] in ZEROED else ():
+                share = found[f"zeroed_{moment}"]
+                assert share == pytest.approx(ZEROED[case["variant"]], abs=0.05), case
+                assert share == pytest.approx(expected[f"zeroed_{moment}"], abs=0.0 if world < 4 else 0.01), case
 
 
 def test_recomputing_runs_every_block_twice(reports: dict[int, list[Report]]) -> None:

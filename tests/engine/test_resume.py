@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"method": "switchlora", "flags": {"switch_order": "random"}},
     "lora": {"method": "lora"},
     "full": {"method": "full"},
+    "merge": {"method": "relora"},
 }
 CUTS = ((2, 3), (3, 3), (1, 4))
 
@@ -218,7 +219,7 @@ def rewritten(process: Process, folder: Path, change: Any) -> None:
         "attempts": 2,
         "updates": 2,
         "method_state": process.method.state_dict(),
-        "run": run_json(VARIANTS["fifo"]),
+        "run": run_json(VARIANTS["fifo"], process.method),
     }
     save_checkpoint(folder, 2, change(process.state.tensors.pieces()), state, SoloRanks())
 
@@ -266,7 +267,8 @@ def retyped(piece: Piece) -> Piece:
     ("section", "key", "value"),
     [("train", "method", "lora"), ("train", "seed", 4), ("train", "seq_length", 8), ("train", "global_batch_size", 8),
      ("train", "bf16", True), ("train", "fold_residual", "int8"), ("model", "hidden_size", 24),
-     ("model", "num_query_groups", 2)],
+     ("model", "num_query_groups", 2), ("method_config", "lora_alpha", 2.0),
+     ("method_config", "switch_interval", 9)],
 )  # fmt: skip
 def test_a_run_of_another_kind_is_named(groups: Groups, tmp_path: Path, section: str, key: str, value: Any) -> None:
     process = dense_process(groups)
@@ -281,13 +283,19 @@ def test_every_rank_refuses_what_one_of_them_cannot_load(reports: Reports) -> No
     case, ranks = reports[2][-1]
     assert "other" in case and len(ranks) == 2
     assert ranks[0]["error"] == ranks[1]["error"]
-    assert "layers.0.attention.o.A in the checkpoint has another shape" in ranks[0]["error"]
+    assert "--lora-rank differs" in ranks[0]["error"]
 
 
 def test_another_freeze_or_rank_is_refused(groups: Groups, tmp_path: Path) -> None:
     save(dense_process(groups), tmp_path, 2)
     assert "--switch-freeze-steps" in refusal(dense_process(groups, switch_freeze_steps=1), tmp_path)
-    assert "has another shape" in refusal(dense_process(groups, lora_rank=4), tmp_path)
+    assert "--lora-rank" in refusal(dense_process(groups, lora_rank=4), tmp_path)
+
+
+def test_what_does_not_change_the_run_may_change(groups: Groups, tmp_path: Path) -> None:
+    save(dense_process(groups), tmp_path, 2)
+    moved = dense_process(groups, offload_candidates=False)
+    assert moved.state.load(OutputConfig(load=str(tmp_path))) == Position(2, 2)
 
 
 def flip_a_bit(path: Path) -> None:
