@@ -46,18 +46,28 @@ class ModelConfig:
     """Shape of the transformer; a preset fills what is not given."""
 
     preset: str | None = flag(None, "published model shape, e.g. llama_350m; other flags override it", free=True)
+    model_family: str | None = flag(
+        None, "llama, gpt2 or neox (GPT-NeoX, Pythia); default: the preset's, else the program's first"
+    )
     num_layers: int | None = flag(None, "transformer blocks")
     hidden_size: int | None = flag(None, "width of the residual stream")
-    ffn_hidden_size: int | None = flag(None, "width of the gated MLP")
+    ffn_hidden_size: int | None = flag(None, "width of the MLP; default: 4 x --hidden-size where it is not gated")
     num_attention_heads: int | None = flag(None, "query heads")
     num_query_groups: int | None = flag(None, "key/value heads (grouped-query attention); default: as query heads")
     vocab_size: int | None = flag(None, "rows of the embedding; default: the tokenizer's, else the preset's")
-    norm_epsilon: float = flag(1e-6, "epsilon of RMSNorm")
-    rotary_base: float = flag(10000.0, "base of the rotary position embedding")
+    max_position_embeddings: int | None = flag(
+        None, "rows of the learned position embedding; default: the preset's, else --seq-length"
+    )
+    norm_impl: str = flag(
+        "torch", "norms of torch, or the fused ones of NVIDIA apex, if installed", choices=("torch", "apex")
+    )
+    norm_epsilon: float | None = flag(None, "epsilon of the norms; default: 1e-6 (llama) or 1e-5")
+    rotary_base: float | None = flag(None, "base of the rotary position embedding; default: 10000")
+    rotary_percent: float | None = flag(None, "share of every head that is rotated; default: 1 (llama) or 0.25 (neox)")
     init_method_std: float = flag(0.02, "standard deviation of the initial weights")
 
     def check(self) -> None:
-        """Every size is present, positive and divides where it has to."""
+        """Every size is present, positive and divides where it has to; defaults are filled in before."""
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         for name in (*sizes, "vocab_size"):
             value = getattr(self, name)
@@ -69,14 +79,29 @@ class ModelConfig:
             raise ConfigError("--hidden-size must be a multiple of --num-attention-heads", f"{hidden} and {heads}")
         if heads % groups:
             raise ConfigError("--num-attention-heads must be a multiple of --num-query-groups", f"{heads} and {groups}")
-        if (hidden // heads) % 2:
-            raise ConfigError(
-                "--hidden-size over --num-attention-heads is odd, and the rotary embedding needs an even head size",
-                hidden // heads,
-            )
-        at_least("norm-epsilon", self.norm_epsilon, 0.0)
-        above("rotary-base", self.rotary_base, 0.0)
+        at_least("norm-epsilon", 0.0 if self.norm_epsilon is None else self.norm_epsilon, 0.0)
         at_least("init-method-std", self.init_method_std, 0.0)
+        if self.max_position_embeddings is not None:
+            at_least("max-position-embeddings", self.max_position_embeddings, 1)
+        if self.rotary_percent is not None:
+            self._check_rotary()
+
+    def rotary_width(self) -> int:
+        """Elements of a head that are rotated."""
+        return int((self.hidden_size or 0) // (self.num_attention_heads or 1) * (self.rotary_percent or 0.0))
+
+    def _check_rotary(self) -> None:
+        """Positions rotate pairs of elements."""
+        above("rotary-base", self.rotary_base or 0.0, 0.0)
+        if not 0.0 < (self.rotary_percent or 0.0) <= 1.0:
+            raise ConfigError("--rotary-percent is out of range", self.rotary_percent, "0 < share <= 1")
+        width = self.rotary_width()
+        if width % 2 or not width:
+            raise ConfigError(
+                "--hidden-size over --num-attention-heads, times --rotary-percent, must be even for rotary positions",
+                width,
+                "an even number, at least 2",
+            )
 
 
 @dataclass
@@ -156,14 +181,26 @@ class ParallelConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    data_path: str | None = flag(None, "prefix of Megatron .bin/.idx files")
+    data_path: list | None = flag(
+        None, "prefix of Megatron .bin/.idx files, or a blend of several: W1 PREFIX1 W2 PREFIX2 ...", nargs="+"
+    )
+    train_data_path: list | None = flag(
+        None, "prefix or blend to train on, instead of --data-path and --split", nargs="+"
+    )
+    valid_data_path: list | None = flag(None, "prefix or blend to evaluate on, with --train-data-path", nargs="+")
     split: str = flag("969,30,1", "shares of train, validation and test documents")
-    tokenizer_model: str | None = flag(None, "sentencepiece model the tokens were made with")
+    tokenizer_model: str | None = flag(
+        None, "tokenizer that the tokens were made with: sentencepiece model or Hugging Face folder"
+    )
     eval_interval: int = flag(100, "updates between evaluations; 0: only at the end", unit="updates")
     eval_iters: int = flag(10, "global batches per evaluation; 0: none", unit="batches")
 
     def check(self) -> None:
-        """Ranges of single values."""
+        """Ranges of single values, and that data are named in one way."""
+        if self.data_path and (self.train_data_path or self.valid_data_path):
+            raise ConfigError("--data-path is split by --split", "--train-data-path or --valid-data-path as well")
+        if self.valid_data_path and not self.train_data_path:
+            raise ConfigError("--valid-data-path needs --train-data-path")
         at_least("eval-interval", self.eval_interval, 0)
         at_least("eval-iters", self.eval_iters, 0)
 
@@ -179,16 +216,61 @@ class OutputConfig:
     load: str | None = flag(
         None, "checkpoint to resume: a folder of checkpoints, one checkpoint, or 'auto' (newest in --save)"
     )
+    finetune: bool = flag(False, "take only the weights of --load and start at update 0, with any method")
     save_interval: int = flag(0, "updates between checkpoints; 0: only at the end", unit="updates")
     keep_last: int = flag(0, "newest checkpoints that are kept; 0: all")
     log_interval: int = flag(10, "updates between log lines", unit="updates")
+    tensorboard_dir: str | None = flag(None, "folder of TensorBoard events; default: tensorboard in the output folder")
+    wandb_project: str | None = flag(None, "project of Weights & Biases to log to; default: none")
+    wandb_name: str | None = flag(None, "name of the run there; default: the output folder's")
+    wandb_mode: str = flag("online", "send at once, or keep for wandb sync", choices=("online", "offline"))
 
     def check(self) -> None:
         """Ranges of single values, and that --load auto has somewhere to look."""
         at_least("save-interval", self.save_interval, 0)
         at_least("keep-last", self.keep_last, 0)
         at_least("log-interval", self.log_interval, 1)
+        if self.finetune and self.load in (None, "auto"):
+            raise ConfigError("--finetune needs --load with the checkpoint to start from", self.load)
         if self.load == "auto" and not self.save:
             raise ConfigError("--load auto looks in --save, which is not given")
         if self.save_interval and not self.save:
             raise ConfigError("--save-interval needs --save")
+        if self.wandb_name is not None and not self.wandb_project:
+            raise ConfigError("--wandb-name needs --wandb-project")
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What is looked at besides training."""
+
+    dry_run: bool = flag(False, "build everything, print the tables and stop; nothing is written")
+    profile_steps: str | None = flag(
+        None, "updates FIRST:LAST (0-based, LAST is left out) that torch's profiler records", unit="updates"
+    )
+    profile_ranks: list = flag(["0"], "ranks that record", nargs="+")
+    memory_snapshot: bool = flag(False, "record the GPU allocator over --profile-steps")
+    comms_summary: bool = flag(False, "count the bytes of collectives by group, in log lines and at the end")
+
+    def check(self) -> None:
+        """Ranges of updates and ranks."""
+        self.profiled()
+        self.ranks()
+        if self.memory_snapshot and self.profile_steps is None:
+            raise ConfigError("--memory-snapshot needs --profile-steps")
+
+    def profiled(self) -> range | None:
+        """The updates that are recorded."""
+        if self.profile_steps is None:
+            return None
+        first, colon, last = self.profile_steps.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise ConfigError("--profile-steps is malformed", repr(self.profile_steps), "FIRST:LAST, like 10:13")
+        return range(int(first), int(last))
+
+    def ranks(self) -> list[int]:
+        """The ranks that record."""
+        for word in self.profile_ranks:
+            if not str(word).isdecimal():
+                raise ConfigError("--profile-ranks is malformed", repr(word), "rank numbers")
+        return [int(word) for word in self.profile_ranks]

@@ -73,6 +73,7 @@ class _Adapted(torch.nn.Module):
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
+    skip_bias_add: bool
     blocks: Blocks
     scale: float
     factors: list[LowRankFactors]

@@ -1,7 +1,7 @@
 """Parameters, FLOPs and bytes of a run as plain arithmetic: no tensor is made and no process group is needed.
 
 Bytes follow ``engine/zero_state.py``: what one rank holds of each category, without activations, communication
-buckets and the temporaries inside an update.
+buckets and the temporaries inside an update. A model configuration is one that ``apply_preset`` returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from megalowrank.config import ModelConfig
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters
-from megalowrank.models.llama import projections
+from megalowrank.models.architecture import architecture
+from megalowrank.models.transformer import projections
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "output", "factors")
 CATEGORIES = ("weights", "frozen W", "fold residual", "masters", "moments", "gradients", "offload staging")
@@ -84,8 +85,8 @@ def fused_matrices(config: ModelConfig, adapters: Adapters | None) -> list[tuple
 class ParameterCount:
     """Elements of the model: ``adapted`` are the frozen W, ``candidates`` those of a full switching pool.
 
-    ``groups`` splits the total into embedding, attention, mlp, norms, output and factors. Candidates are no
-    parameters: they count in neither.
+    ``groups`` splits the total into embedding (with learned positions), attention, mlp, norms, output (0 where it
+    is the embedding) and factors. Candidates are no parameters: they count in neither.
     """
 
     total: int
@@ -99,18 +100,34 @@ class ParameterCount:
 def count_parameters(config: ModelConfig, adapters: Adapters | None) -> ParameterCount:
     """Count from the shapes alone. Raises ConfigError for bad patterns."""
     groups = dict.fromkeys(GROUPS, 0)
-    hidden, vocabulary = config.hidden_size or 0, config.vocab_size or 0
-    groups["embedding"] = groups["output"] = hidden * vocabulary
-    groups["norms"] = hidden * (2 * (config.num_layers or 0) + 1)
+    shape, tables = architecture(config), _tables(config)
+    groups["output"] = 0 if shape.tied_output else tables.pop()
+    groups["embedding"] = sum(tables)
+    groups["norms"] = sum(_norms(config))
     frozen = candidates = 0
     for matrix in (matrix for fused in fused_matrices(config, adapters) for matrix in fused):
-        groups[matrix.name.split(".")[2]] += matrix.numel
+        groups[matrix.name.split(".")[2]] += matrix.numel + matrix.rows * shape.biases
         groups["factors"] += matrix.factors
         if matrix.rank is not None:
             frozen += matrix.numel
             candidates += _spare(matrix) * (matrix.rows + matrix.columns)
     total = sum(groups.values())
     return ParameterCount(total, total - frozen, frozen, groups["factors"], candidates, groups)
+
+
+def _tables(config: ModelConfig) -> list[int]:
+    """Elements of the embeddings of tokens and of positions, and of the head where it has its own."""
+    shape, hidden, vocabulary = architecture(config), config.hidden_size or 0, config.vocab_size or 0
+    tables = [hidden * vocabulary]
+    if shape.rotary_percent is None:
+        tables.append(hidden * (config.max_position_embeddings or 0))
+    return tables if shape.tied_output else [*tables, hidden * vocabulary]
+
+
+def _norms(config: ModelConfig) -> list[int]:
+    """Elements of the vectors of all norms."""
+    vectors = 1 if architecture(config).norm == "RMSNorm" else 2
+    return [config.hidden_size or 0] * (vectors * (2 * (config.num_layers or 0) + 1))
 
 
 def _spare(matrix: Matrix) -> int:
@@ -154,7 +171,7 @@ def flops_per_token(config: ModelConfig, adapters: Adapters | None, seq_length: 
 
 
 def model_flops_per_token(config: ModelConfig, seq_length: int) -> float:
-    """FLOPs per token of the same model trained at full rank: 6·N (N without embedding and norms) + attention.
+    """FLOPs per token of the same model trained at full rank: 6·N (matrices and head) + attention.
 
     This is no MFU of a low-rank run, which needs less: it is for tokens per second against full rank.
     """
@@ -208,10 +225,11 @@ class _Sizes:
 
 
 def _sizes(config: ModelConfig, adapters: Adapters | None) -> _Sizes:
-    hidden, vocabulary = config.hidden_size or 0, config.vocab_size or 0
-    sizes = _Sizes([hidden * vocabulary] * 2 + [hidden] * (2 * (config.num_layers or 0) + 1))
+    sizes, biases = _Sizes(_tables(config) + _norms(config)), architecture(config).biases
     for fused in fused_matrices(config, adapters):
         weight, rank = sum(matrix.numel for matrix in fused), fused[0].rank
+        if biases:
+            sizes.trained.append(sum(matrix.rows for matrix in fused))
         (sizes.trained if rank is None else sizes.frozen).append(weight)
         for matrix in fused if rank is not None else ():
             sizes.trained += [matrix.factors * side // (matrix.rows + matrix.columns)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -14,13 +16,17 @@ from megalowrank.lowrank.fold import RESIDUAL_DTYPES
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters, Method
-from megalowrank.models.llama import Chosen, Llama, projections
+from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES, completed
+from megalowrank.models.transformer import Chosen, Transformer, projections
 from megalowrank.parallel.rng import generator
 
 PARTS = {
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "mlp": ("mlp.linear_fc1", "mlp.linear_fc2"),
 }
+
+
+Initial = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,38 @@ class LogicalTensor:
     start: int
     shape: tuple[int, ...]
 
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is A or B of an adapted matrix."""
+        return self.name.endswith((".A", ".B"))
+
+    def fill(self, value: torch.Tensor) -> None:
+        """Overwrite it in the whole, unsharded parameter; ``value`` has its shape."""
+        flat = self.parameter.data.view(-1)[self.start : self.start + value.numel()]
+        flat.copy_(value.reshape(-1))
+
 
 @dataclass
 class BuiltModel:
     """A model with its adapted matrices in global order and the logical names of all its tensors."""
 
-    module: Llama
+    module: Transformer
     layers: list[LowRankFactors]
     tensors: list[LogicalTensor]
     warnings: list[str]
 
 
-def build_llama(
+def build_llama(config: ModelConfig, method: Method, *, length: int, **options: Any) -> BuiltModel:
+    """A LLaMA; see ``build_model``."""
+    return build_model(completed(config, LLAMA_FAMILIES, length), method, length=length, **options)
+
+
+def build_gpt(config: ModelConfig, method: Method, *, length: int, **options: Any) -> BuiltModel:
+    """A GPT-2, or a GPT-NeoX where ``config`` names that family; see ``build_model``."""
+    return build_model(completed(config, GPT_FAMILIES, length), method, length=length, **options)
+
+
+def build_model(
     config: ModelConfig,
     method: Method,
     *,
@@ -53,17 +79,23 @@ def build_llama(
     dtype: torch.dtype = torch.float32,
     forward_dtype: torch.dtype | None = None,
     fold_residual: str = "int16",
+    initial: Initial | None = None,
 ) -> BuiltModel:
-    """Build and initialise a LLaMA on the CPU; every rank gets the same weights whatever its layout.
+    """Build and initialise a model on the CPU; every rank gets the same weights whatever its layout.
 
-    ``length`` is the longest sequence, ``dtype`` the precision of this model, ``forward_dtype`` that of
-    the forward pass if an engine casts it. Raises ConfigError for patterns that match nothing.
+    ``config`` is a completed one, ``length`` the longest sequence, ``dtype`` the precision of this model,
+    ``forward_dtype`` that of the forward pass if an engine casts it; ``initial`` gives the weights by logical name and
+    shape instead of drawing them. Raises ConfigError for patterns that
+    match nothing.
     """
     chosen = _choose(config, method.adapters())
-    module = Llama(config, length, chosen, recompute, dtype)
+    module = Transformer(config, length, chosen, recompute, dtype)
     layers, tensors = _name(module)
     for tensor in tensors:
-        _draw(tensor, seed, config.init_method_std)
+        if initial is None:
+            _draw(tensor, seed, config.init_method_std)
+        elif not tensor.is_factor:
+            tensor.fill(initial(tensor.name, tensor.shape))
     forward_dtype = forward_dtype or dtype
     warnings = method.initialise(layers, seed, forward_dtype)
     if forward_dtype == torch.bfloat16:
@@ -104,25 +136,32 @@ def _check_rank(rank: int, names: list[str], rows: list[int], columns: int) -> N
             )
 
 
-def _name(module: Llama) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
+def _name(module: Transformer) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
     """Give every matrix its logical name and global index, and list all logical tensors."""
     layers: list[LowRankFactors] = []
-    tensors = [LogicalTensor("embedding.weight", module.embedding.weight, 0, tuple(module.embedding.weight.shape))]
+    tensors = list(_whole(module, "embedding"))
+    if module.position is not None:
+        tensors += _whole(module, "position")
     for number, block in enumerate(module.layers):
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            weight = block.get_parameter(f"{norm}.weight")
-            tensors.append(LogicalTensor(f"layers.{number}.{norm}.weight", weight, 0, tuple(weight.shape)))
+            tensors += _whole(module, f"layers.{number}.{norm}")
         for part, paths in PARTS.items():
             for path in paths:
                 linear = block.get_submodule(path)
                 assert isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear))
                 _name_linear(linear, f"layers.{number}.{part}", layers, tensors)
-    for name in ("norm", "output"):
-        weight = module.get_parameter(f"{name}.weight")
-        tensors.append(LogicalTensor(f"{name}.weight", weight, 0, tuple(weight.shape)))
-    for vocabulary in (module.embedding.weight, module.output.weight):
-        set_tensor_model_parallel_attributes(vocabulary, True, 0, 1)
+    tensors += _whole(module, "norm")
+    set_tensor_model_parallel_attributes(module.embedding.weight, True, 0, 1)
+    if module.output.weight is not module.embedding.weight:
+        tensors += _whole(module, "output")
+        set_tensor_model_parallel_attributes(module.output.weight, True, 0, 1)
     return layers, tensors
+
+
+def _whole(module: Transformer, path: str) -> Iterator[LogicalTensor]:
+    """The parameters of a module that are logical tensors as they are."""
+    for name, parameter in module.get_submodule(path).named_parameters():
+        yield LogicalTensor(f"{path}.{name}", parameter, 0, tuple(parameter.shape))
 
 
 def _name_linear(
@@ -136,6 +175,8 @@ def _name_linear(
     set_tensor_model_parallel_attributes(linear.weight, True, split, 1)
     for name, rows in linear.blocks:
         tensors.append(LogicalTensor(f"{prefix}.{name}.weight", linear.weight, row * columns, (rows, columns)))
+        if linear.bias is not None:
+            tensors.append(LogicalTensor(f"{prefix}.{name}.bias", linear.bias, row, (rows,)))
         row += rows
     for factors in linear.factors:
         factors.name, factors.index = f"{prefix}.{factors.name}", len(layers)
@@ -147,12 +188,13 @@ def _name_linear(
 
 @torch.no_grad()
 def _draw(tensor: LogicalTensor, seed: int, std: float) -> None:
-    """N(0, std) for matrices, ones for norms, drawn whole and keyed by the logical name."""
-    if not tensor.name.endswith(".weight"):
+    """N(0, std) for matrices, ones for norms, zeros for biases; drawn whole and keyed by the logical name."""
+    kind = tensor.name.rsplit(".", 1)[-1]
+    if kind not in ("weight", "bias"):
         return
     count = torch.Size(tensor.shape).numel()
     target = tensor.parameter.data.view(-1)[tensor.start : tensor.start + count]
     if len(tensor.shape) == 1:
-        target.fill_(1.0)
+        target.fill_(float(kind == "weight"))
     else:
         target.copy_(torch.empty(count).normal_(0.0, std, generator=generator(seed, tensor.name)))

@@ -1,4 +1,4 @@
-"""The pieces of a transformer block that megatron-core hard-wires to CUDA, device-agnostic.
+"""The pieces of a transformer block that megatron-core hard-wires to CUDA, device-agnostic, or does not have.
 
 Shapes: S sequence, B batch, N query heads, G key/value heads, D head size, H hidden.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 class CausalAttention(torch.nn.Module):
@@ -48,25 +49,23 @@ class GroupedSelfAttention(SelfAttention):
         return q.view(*lead, queries, head), k.view(*lead, groups, head), v.view(*lead, groups, head)
 
 
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension."""
+class ParallelResidualLayer(TransformerLayer):
+    """megatron-core's layer with attention and MLP side by side: y = x + attention(norm₁ x) + mlp(norm₂ x)."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., H] -> [.., H].
-
-        The view makes autograd add up the norm's own gradient terms before it adds the residual's, so that
-        the sum does not depend on what an engine wraps around the module.
-        """
-        return F.rms_norm(x.view_as(x), self.weight.shape, self.weight, self.eps)
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[S, B, H] -> ([S, B, H], no context)."""
+        attention = self.self_attention(
+            self.input_layernorm(hidden_states), rotary_pos_emb=rotary_pos_emb, attention_mask=None
+        )
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(mlp, add(attention, hidden_states, self.hidden_dropout), self.hidden_dropout), None
 
 
-def rotary_angles(head_size: int, length: int, base: float, dtype: torch.dtype) -> torch.Tensor:
-    """Angles of the rotary embedding, half-split order: [length, 1, 1, head_size]."""
-    inverse = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+def rotary_angles(width: int, length: int, base: float, dtype: torch.dtype) -> torch.Tensor:
+    """Angles of the rotary embedding of ``width`` elements of a head, half-split order: [length, 1, 1, width]."""
+    inverse = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
     return torch.cat((angles, angles), -1)[:, None, None, :].to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,38 @@ from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distr
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
 from megalowrank.models.accounting import Bytes, Layout, predicted_bytes
-from megalowrank.models.build import BuiltModel, build_llama
+from megalowrank.models.build import BuiltModel, build_gpt, build_llama
+from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import Groups, initialize_groups, initialize_single_process
 from tests.harness import run_ranks
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, vocab_size=301
 )
+SMALL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=301)
+CONFIGS = {
+    "llama": CONFIG,
+    "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=40), None),
+    "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=96), None),
+}
 PERSISTENT = 5000
 STATE = ("weights", "frozen W", "fold residual", "masters", "moments")
 
 
-def build(bf16: bool, residual: str = "int16") -> tuple[Method, BuiltModel]:
+def build(bf16: bool, residual: str = "int16", family: str = "llama") -> tuple[Method, BuiltModel]:
     kind = method_class("switchlora")
     method = kind(kind.config_class(lora_rank=9, switch_interval=4, switch_freeze_steps=2))
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return method, build_llama(CONFIG, method, length=9, seed=3, forward_dtype=dtype, fold_residual=residual)
+    builder = build_llama if family == "llama" else build_gpt
+    return method, builder(CONFIGS[family], method, length=9, seed=3, forward_dtype=dtype, fold_residual=residual)
 
 
 def stored(tensors: Iterable[torch.Tensor | None]) -> dict[int, int]:
-    """Bytes of the storages of these tensors and their gradients by address, without those below 1 KiB."""
+    """Bytes of the storages of these tensors and their gradients by address, without those below 100 bytes."""
     found: dict[int, int] = {}
     for tensor in tensors:
         for held in (tensor, tensor.grad if tensor is not None and tensor.is_leaf else None):
-            if held is not None and not held.is_meta and held.untyped_storage().nbytes() >= 1024:
+            if held is not None and not held.is_meta and held.untyped_storage().nbytes() >= 100:
                 found[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
     return found
 
@@ -87,7 +96,7 @@ def known_tensors(engine: Any, method: Any, model: BuiltModel) -> list[torch.Ten
 def zero_case(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """Predicted and measured bytes of one stage after two updates, on this rank."""
     earlier = alive()
-    method, model = build(case["bf16"])
+    method, model = build(case["bf16"], family=case["family"])
     optimizer = VectorClockAdamW([p for p in model.module.parameters() if p.requires_grad])
     zero = {"stage": case["stage"], "reduce_bucket_size": 2, "stage3_param_persistence_threshold": PERSISTENT}
     offload = {"offload_optimizer": {"device": "cpu"}} if case["offload"] else {}
@@ -109,7 +118,7 @@ def zero_case(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
         case["stage"], case["bf16"], groups.data_size, offload_optimizer=case["offload"], candidates="host",
         persistence_threshold=PERSISTENT,
     )  # fmt: skip
-    predicted = predicted_bytes(CONFIG, method.adapters(), layout)
+    predicted = predicted_bytes(CONFIGS[case["family"]], method.adapters(), layout)
     measured = measured_bytes(engine, method, model.layers)
     engine.close()
     return {"predicted": {name: size.total for name, size in predicted.items()}, "measured": measured, "most": most}
@@ -126,8 +135,8 @@ def measure(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def case_of(stage: int, bf16: bool, offload: bool = False) -> dict[str, Any]:
-    return {"stage": stage, "bf16": bf16, "offload": offload}
+def case_of(stage: int, bf16: bool, offload: bool = False, family: str = "llama") -> dict[str, Any]:
+    return {"stage": stage, "bf16": bf16, "offload": offload, "family": family}
 
 
 def check_state(result: dict[str, Any], case: dict[str, Any]) -> None:
@@ -141,6 +150,7 @@ def check_state(result: dict[str, Any], case: dict[str, Any]) -> None:
 def test_one_rank_holds_what_was_predicted(tmp_path: Path) -> None:
     cases = [case_of(stage, bf16) for stage in range(4) for bf16 in (False, True)]
     cases += [case_of(stage, True, offload=True) for stage in (1, 2, 3)]
+    cases += [case_of(stage, True, family=family) for family in ("gpt2", "neox") for stage in (0, 2, 3)]
     (results,) = run_ranks("tests.engine.test_memory:measure", 1, cases, tmp_path)
     for case, result in zip(cases, results, strict=True):
         check_state(result, case)
@@ -149,7 +159,8 @@ def test_one_rank_holds_what_was_predicted(tmp_path: Path) -> None:
 
 
 def test_each_of_two_ranks_holds_what_was_predicted(tmp_path: Path) -> None:
-    cases = [case_of(1, False), case_of(3, True)]
+    cases = [case_of(1, False), case_of(3, True), case_of(1, True, family="gpt2"), case_of(3, True, family="neox")]
+    cases.append(case_of(3, True, family="gpt2"))
     ranks = run_ranks("tests.engine.test_memory:measure", 2, cases, tmp_path)
     for case, first, second in zip(cases, *ranks, strict=True):
         check_state(first, case)
@@ -164,16 +175,18 @@ def one_process() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("bf16", "residual"), [(False, "int16"), (True, "int16"), (True, "int8"), (True, "none")])
-def test_dense_engine_holds_what_was_predicted(one_process: None, bf16: bool, residual: str) -> None:
-    method, model = build(bf16, residual)
+def test_dense_engine_holds_what_was_predicted(one_process: None, bf16: bool, residual: str, family: str) -> None:
+    method, model = build(bf16, residual, family)
     if bf16:
         model.module.bfloat16()
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     engine = DenseEngine(model.module, model.layers, VectorClockAdamW(parameters), 0.0)
     method.start(Context(model.layers, engine.state, 3, 6, 0, 1, host_allocator(False)))
     engine.train_step([torch.randint(0, 301, (2, 10))], 1e-3)
-    predicted = predicted_bytes(CONFIG, method.adapters(), Layout(None, bf16, residual=residual, candidates="host"))
+    layout = Layout(None, bf16, residual=residual, candidates="host")
+    predicted = predicted_bytes(CONFIGS[family], method.adapters(), layout)
     measured = measured_bytes(engine, method, model.layers)
     assert measured == {name: predicted[name].total for name in measured}
     lines = memory_report(predicted, measured)

@@ -55,7 +55,9 @@ def view_of(whole: Moments, rank: int, world: int, dtype: torch.dtype) -> Optimi
 def compare(payload: Any) -> list[dict[str, Any]]:
     """Every rule on this rank's part against the same rule on the whole state."""
     rank, world, report = dist.get_rank(), dist.get_world_size(), []
-    rules = [Pruning("zero")] + [Pruning(how, 0.6, shared) for how in ("random", "magnitude") for shared in (True, False)]
+    rules = [Pruning("zero")] + [
+        Pruning(how, 0.6, shared) for how in ("random", "magnitude") for shared in (True, False)
+    ]
     for rule, ties in [(rule, False) for rule in rules] + [(rules[3], True)]:
         whole = moments_of(4, ties, torch.float32)
         own, single = view_of(whole, rank, world, torch.float32), view_of(whole, 0, 1, torch.float32)

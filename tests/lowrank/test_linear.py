@@ -11,7 +11,7 @@ import torch
 from megalowrank.config import ModelConfig
 from megalowrank.lowrank.factors import LowRankSpec
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankFunction, LowRankRowParallelLinear
-from megalowrank.models.llama import transformer_config
+from megalowrank.models.transformer import transformer_config
 from megalowrank.parallel.groups import initialize_single_process
 
 GROUPS = {"single": [(6, 3)], "gate and up": [(5, 2), (5, 2)], "grouped query": [(6, 4), (2, 1), (3, 5)]}

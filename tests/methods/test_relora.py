@@ -1,4 +1,4 @@
-"""ReLoRA against loops over plain tensors, and its promises: the function is kept, masters are merged, starts differ."""
+"""ReLoRA against loops over plain tensors, and what it promises: the function is kept, masters are merged."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_rank_above_a_matrix_is_refused_before_anything_is_built(one_process: No
     def built(*args: Any) -> None:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(build_module, "Llama", built)
+    monkeypatch.setattr(build_module, "Transformer", built)
     with pytest.raises(ConfigError, match=r"--lora-rank .*layers\.0\.attention\.k .*7"):
         llama({"lora_rank": 7})
     with pytest.raises(ConfigError, match=r"--lora-rank .*layers\.0\.mlp\.down .*13"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from megalowrank.models.accounting import (
     predicted_bytes,
     startup_table,
 )
-from megalowrank.models.build import BuiltModel, build_llama
+from megalowrank.models.build import BuiltModel, build_gpt, build_llama
 from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import initialize_single_process
 
@@ -36,6 +37,12 @@ CONFIG = ModelConfig(
     num_layers=3, hidden_size=32, ffn_hidden_size=44, num_attention_heads=4, num_query_groups=2, vocab_size=70
 )
 LENGTH, ROWS = 24, 3
+SMALL = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, vocab_size=70)
+FAMILIES = {
+    "llama": CONFIG,
+    "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=29), None),
+    "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=44), None),
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "lora": ("lora", {"lora_rank": 5}),
@@ -50,11 +57,12 @@ def one_process() -> None:
         initialize_single_process(str(Path(folder) / "store"))
 
 
-def build(case: str, recompute: bool = False) -> tuple[Method, BuiltModel]:
+def build(case: str, family: str, recompute: bool = False) -> tuple[Method, BuiltModel]:
     name, flags = CASES[case]
     kind = method_class(name)
     method = kind(kind.config_class(**flags))
-    return method, build_llama(CONFIG, method, length=LENGTH, seed=1, recompute=recompute)
+    builder = build_llama if family == "llama" else build_gpt
+    return method, builder(FAMILIES[family], method, length=LENGTH, seed=1, recompute=recompute)
 
 
 def adapters_of(method: str, **flags: Any) -> Adapters | None:
@@ -68,13 +76,14 @@ def group_of(name: str) -> str:
         return "factors"
     if "norm" in name:
         return "norms"
-    return name.split(".")[2] if name.startswith("layers.") else name.split(".")[0]
+    return name.split(".")[2] if name.startswith("layers.") else name.split(".")[0].replace("position", "embedding")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
-def test_counts_are_those_of_the_built_model(case: str) -> None:
-    method, model = build(case)
-    count = count_parameters(CONFIG, method.adapters())
+def test_counts_are_those_of_the_built_model(case: str, family: str) -> None:
+    method, model = build(case, family)
+    count = count_parameters(FAMILIES[family], method.adapters())
     expected = dict.fromkeys(GROUPS, 0)
     for tensor in model.tensors:
         expected[group_of(tensor.name)] += math.prod(tensor.shape)
@@ -106,13 +115,14 @@ def measured_flops(model: BuiltModel, backend: SDPBackend) -> float:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
-def test_flops_are_those_torch_counts(case: str, recompute: bool) -> None:
+def test_flops_are_those_torch_counts(case: str, family: str, recompute: bool) -> None:
     """torch does not count the fused CPU attention; with plain products it counts the whole square."""
-    method, model = build(case, recompute)
-    parts = flops_breakdown(CONFIG, method.adapters(), LENGTH, recompute)
+    method, model = build(case, family, recompute)
+    parts = flops_breakdown(FAMILIES[family], method.adapters(), LENGTH, recompute)
     attention = parts["attention"] * (4 / 3 if recompute else 1)
-    total = flops_per_token(CONFIG, method.adapters(), LENGTH, recompute)
+    total = flops_per_token(FAMILIES[family], method.adapters(), LENGTH, recompute)
     without = measured_flops(model, SDPBackend.FLASH_ATTENTION)
     square = measured_flops(model, SDPBackend.MATH) - without
     assert without == pytest.approx(total - attention, rel=1e-9)

@@ -230,7 +230,7 @@ def test_a_rank_above_the_smallest_matrix_is_refused_before_anything_is_built(
         raise AssertionError("a model was built")
 
     assert build_with(method, lora_rank=rank - 1, lora_target=target).layers
-    monkeypatch.setattr(build_module, "Llama", refuse)
+    monkeypatch.setattr(build_module, "Transformer", refuse)
     with pytest.raises(ConfigError) as caught:
         build_with(method, lora_rank=rank, lora_target=target)
     assert str(caught.value).startswith(f"--lora-rank is larger than the matrix {name}; got {rank}")

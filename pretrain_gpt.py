@@ -1,0 +1,12 @@
+"""Pre-train a GPT-2 or a GPT-NeoX (Pythia) with a low-rank method: see README.md, or --help."""
+
+import sys
+
+import megalowrank.quiet  # noqa: F401 - first: it sets filters before the libraries are imported
+from megalowrank.engine.setup import pretrain
+from megalowrank.errors import run_main
+from megalowrank.models.architecture import GPT_FAMILIES
+from megalowrank.models.build import build_gpt
+
+if __name__ == "__main__":
+    run_main(lambda: pretrain(sys.argv[1:], build_gpt, "pretrain_gpt.py", GPT_FAMILIES))
