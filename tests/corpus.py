@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalowrank.data.prepare import prepare, train_tokenizer
+from megalowrank.data.prepare import prepare
+from megalowrank.data.tokenizers import train_tokenizer
 
 VOCABULARY = 320
 WORDS = [

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "megalowrank"
 LAYERS = [
     {"errors", "quiet", "__init__"},
     {"config"},
-    {"cli", "parallel"},
-    {"lowrank"},
+    {"flags", "parallel"},
+    {"cli", "lowrank"},
     {"methods", "data"},
     {"models"},
     {"checkpoint"},

@@ -12,8 +12,11 @@ from pathlib import Path
 if importlib.util.find_spec("megalowrank") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalowrank.data.prepare import load_manifest, prepare, train_tokenizer
-from megalowrank.data.sample_text import SHAKESPEARE, Archive, sample_documents
+from megalowrank.data.archive import Archive
+from megalowrank.data.manifest import load_manifest
+from megalowrank.data.prepare import prepare
+from megalowrank.data.sample_text import SHAKESPEARE, sample_documents
+from megalowrank.data.tokenizers import train_tokenizer
 from megalowrank.data.tokens import TokenFile
 from megalowrank.errors import ConfigError, run_main
 

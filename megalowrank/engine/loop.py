@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from megalowrank.config import DataConfig, OutputConfig, TrainConfig
-from megalowrank.data.sampler import BatchSampler
+from megalowrank.data.ahead import BatchesAhead
+from megalowrank.data.sampler import GlobalBatches
 from megalowrank.engine.engine import Engine, StepResult
-from megalowrank.engine.metrics import MetricsWriter, Progress
+from megalowrank.engine.instruments import Instruments
+from megalowrank.engine.metrics import Progress, Sink
 from megalowrank.engine.schedule import learning_rate
 from megalowrank.engine.timing import Stopwatch
 from megalowrank.errors import TrainingError
@@ -47,10 +49,11 @@ class Loop:
     lr: float
     micro_batch_size: int
     accumulation: int
-    train_samples: BatchSampler
-    eval_samples: BatchSampler | None
-    metrics: MetricsWriter
+    batches: BatchesAhead
+    eval_samples: GlobalBatches | None
+    metrics: Sink
     progress: Progress
+    instruments: Instruments
     memory: Callable[[], int]
     save: Callable[[Position], None]
     bytes_per_token: float | None
@@ -61,18 +64,17 @@ class Loop:
     def run(self) -> dict[str, Any]:
         """Train to ``train_iters`` (or ``exit_interval``), evaluate and save; returns the last evaluation."""
         self._step_clock, self._method_clock = time.perf_counter(), Stopwatch(self.engine.device)
+        self._waited = self.batches.waited
         self._logged = Position(self.position.step, self.position.attempts)
         last = self.train.train_iters
         if self.train.exit_interval is not None:
             last = min(last, self.position.step + self.train.exit_interval)
-        announced, saved = -1, self.position.step
+        self._announced, saved = -1, self.position.step
         while self.position.step < last:
             step = self.position.step
-            if announced != step:
-                with self._method_clock.measure():
-                    self.method.before_step(step, self.ctx)
-                announced = step
-            result = self._update(step)
+            with self.instruments.update(step):
+                self._announce(step)
+                result = self._update(step)
             if not result.applied:
                 continue
             self._log(result, self.position.step == last)
@@ -84,19 +86,28 @@ class Loop:
         evaluation = self.evaluate()
         if self.output.save and saved < self.position.step:
             self.save(self.position)
-        self.progress.close()
         return evaluation
+
+    def close(self) -> None:
+        """End the reading thread, traces, trackers and the progress bar."""
+        self.batches.close()
+        self.instruments.close()
+        self.metrics.close()
+        self.progress.close()
+
+    def _announce(self, step: int) -> None:
+        """Let the method act before ``step``, once: an update that was skipped is tried again without it."""
+        if self._announced != step:
+            with self._method_clock.measure():
+                self.method.before_step(step, self.ctx)
+            self._announced = step
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.position.step % interval == 0
 
     def _update(self, step: int) -> StepResult:
         """One attempt; a skipped one takes its batch with it and counts against the budget."""
-        ranks = self.ctx.data_rank, self.ctx.data_size
-        batches = [
-            self.train_samples.micro_batch(self.position.attempts, i, self.micro_batch_size, *ranks)
-            for i in range(self.accumulation)
-        ]
+        batches = self.batches.take(self.position.attempts)
         lr = learning_rate(step, self.lr, self.train) * self.method.lr_scale(step)
         result = self.engine.train_step(batches, lr)
         self._lr = lr
@@ -119,7 +130,7 @@ class Loop:
             return
         loss, now = float(result.loss), time.perf_counter()
         seconds, updates = now - self._step_clock, self.position.attempts - self._logged.attempts
-        tokens_each = self.train_samples.global_batch_size * self.train.seq_length
+        tokens_each = self.batches.samples.global_batch_size * self.train.seq_length
         rate = updates * tokens_each / seconds
         line = {
             "step": step,
@@ -130,17 +141,19 @@ class Loop:
             "tokens_per_second": rate,
             "step_time_ms": 1000.0 * seconds / updates,
             "method_time_ms": 1000.0 * self._method_clock.take() / updates,
+            "data_time_ms": 1000.0 * (self.batches.waited - self._waited) / updates,
             "memory_bytes": self.memory(),
             "skipped": self.position.skipped,
             "tflops_per_rank": rate * self.flops_per_token / self.ctx.data_size / 1e12,
             **self.method.counters(),
+            **self.instruments.counters(),
         }
         if self.peak_flops is not None:
             line["mfu"] = line["tflops_per_rank"] * 1e12 / self.peak_flops
         self.metrics.write(line)
         self.progress.report(loss, rate)
         self._logged = Position(step, self.position.attempts)
-        self._step_clock = time.perf_counter()
+        self._step_clock, self._waited = time.perf_counter(), self.batches.waited
 
     def evaluate(self) -> dict[str, Any]:
         """Mean held-out loss over ``eval_iters`` global batches (fewer if there are fewer), nats per token."""

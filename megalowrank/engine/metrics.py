@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
@@ -23,6 +23,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     anything else that is not a JSON object with an integer ``step``.
     """
     return [record for record, _ in _records(Path(path))]
+
+
+class Sink(Protocol):
+    """Where the records of a run go."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record; it has an int ``step``."""
+
+    def truncate_from(self, step: int) -> None:
+        """Forget the records of ``step`` and later, which a resumed run writes again; called once, before writing."""
+
+    def close(self) -> None:
+        """Everything is written."""
 
 
 class MetricsWriter:
@@ -40,7 +53,7 @@ class MetricsWriter:
         """Append ``record``; it has an int ``step``. Numbers may be scalar tensors; NaN and inf become null."""
         if self.path is None:
             return
-        line = json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps(plain(record), allow_nan=False)
         if self._file is None:
             self._keep(math.inf)
             self._file = self._open()
@@ -75,15 +88,20 @@ class MetricsWriter:
         text = "".join(line + "\n" for record, line in _records(self.path) if record["step"] < limit)
         if self.path.read_bytes() == text.encode():
             return
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
+        replace_text(self.path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file this content, all at once or not at all; ConfigError if that cannot be done."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -118,8 +136,12 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as JSON has it: scalars of torch and numpy as numbers, None for what is not finite."""
+    return {key: _plain(value) for key, value in record.items()}
+
+
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: scalars of torch and numpy as numbers, None for what is not finite."""
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

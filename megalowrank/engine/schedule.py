@@ -15,8 +15,8 @@ def learning_rate(step: int, lr: float, config: TrainConfig) -> float:
     """Learning rate of 0-based update ``step``: linear warm-up from 0, then decay to ``min_lr``.
 
     The decay ends at ``lr_decay_iters``; afterwards the rate stays at ``min_lr`` (constant: at ``lr``).
-    ``cosine_restarts`` is one cosine over the whole run that drops to 0 every ``lr_restart_interval`` updates and climbs
-    back in a straight line; ``with_restarts`` has to have filled the interval (ReLoRA, section 3).
+    ``cosine_restarts`` is one cosine over the whole run that drops to 0 every ``lr_restart_interval`` updates and
+    climbs back in a straight line; ``with_restarts`` has to have filled the interval (ReLoRA, section 3).
     """
     end = config.lr_decay_iters or config.train_iters
     if step < config.lr_warmup_iters:

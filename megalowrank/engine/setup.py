@@ -14,20 +14,25 @@ import torch
 
 from megalowrank import __version__
 from megalowrank.checkpoint.shards import RunTensors
+from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.cli import RunConfig, parse
 from megalowrank.config import ModelConfig, TrainConfig
+from megalowrank.data.ahead import BatchesAhead
 from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
+from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.loop import Loop, Position
-from megalowrank.engine.metrics import MetricsWriter, Progress
+from megalowrank.engine.metrics import Progress
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState
 from megalowrank.engine.schedule import with_restarts
+from megalowrank.engine.trackers import open_trackers
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.errors import ConfigError
 from megalowrank.methods import METHODS
 from megalowrank.methods.base import Context, Method
+from megalowrank.models.architecture import LLAMA_FAMILIES
 from megalowrank.models.build import BuiltModel
 from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import Groups, initialize_groups
@@ -36,14 +41,15 @@ from megalowrank.parallel.launch import set_rank_environment
 Builder = Callable[..., BuiltModel]
 
 
-def pretrain(argv: Sequence[str], build: Builder, program: str) -> None:
+def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequence[str] = LLAMA_FAMILIES) -> None:
     """Run one pre-training job on this rank; every rank of the job calls it with the same ``argv``.
 
-    ``build`` makes the model of the family. Raises ConfigError before anything is written.
+    ``build`` makes models of ``families``, of which the first is the default. Raises ConfigError before
+    anything is written.
     """
     config = parse(argv, {name: method.config_class for name, method in METHODS.items()}, program)
     rank, world, _ = set_rank_environment()
-    model_config = apply_preset(config.model, tokenizer_size(config.data))
+    model_config = apply_preset(config.model, tokenizer_size(config.data), config.train.seq_length, families)
     if config.ds_config is None:
         raise ConfigError(
             "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
@@ -55,7 +61,8 @@ def pretrain(argv: Sequence[str], build: Builder, program: str) -> None:
     corpus = open_corpus(config.data, train, model_config.vocab_size or 0, resolved.global_batch_size)
     initialize_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     groups = initialize_groups(config.parallel)
-    model = build_model(build, model_config, train, method)
+    saved = SavedWeights.open(Path(config.output.load or ".")) if config.output.finetune else None
+    model = build_model(build, model_config, train, method, saved)
     engine = ZeroEngine(model.module, model.layers, make_optimizer(model.module, train), resolved.deepspeed, groups)
     allocate = host_allocator(resolved.pin_host_memory)
     ctx = Context(
@@ -65,25 +72,41 @@ def pretrain(argv: Sequence[str], build: Builder, program: str) -> None:
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups.data_rank), groups, run)
-    position = state.load(config.output)
+    position = Position() if config.output.finetune else state.load(config.output)
     report = Report(model_config, train, model, engine, method, resolved, groups)
-    loop = assemble(config, resolved, corpus, ctx, method, engine, report, position)
+    loop = assemble(config, resolved, corpus, ctx, method, engine, report, position, run)
     loop.save = state.saver(config.output)
-    folder = output_folder(config)
-    if rank == 0:
-        write_run(folder, run)
-        print(report.start(corpus, position), flush=True)
-    loop.metrics.truncate_from(position.step + 1)
-    evaluation = loop.run()
-    if rank == 0:
-        print(report.end(evaluation, corpus), flush=True)
+    say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
+    if config.diagnostics.dry_run:
+        loop.close()
+        say(rank, "dry run: nothing was trained and nothing was written")
+    else:
+        if rank == 0:
+            write_run(output_folder(config), run)
+        loop.metrics.truncate_from(position.step + 1)
+        try:
+            evaluation = loop.run()
+        finally:
+            loop.close()
+        say(rank, "\n".join([report.end(evaluation, corpus), *loop.instruments.summary()]))
     engine.close()
     torch.distributed.destroy_process_group()
 
 
-def build_model(build: Builder, config: ModelConfig, train: TrainConfig, method: Method) -> BuiltModel:
-    """The initialised model, still whole and in float32, on the CPU of every rank."""
-    return build(
+def say(rank: int, text: str) -> None:
+    """Print on the first rank."""
+    if rank == 0:
+        print(text, flush=True)
+
+
+def build_model(
+    build: Builder, config: ModelConfig, train: TrainConfig, method: Method, saved: SavedWeights | None = None
+) -> BuiltModel:
+    """The initialised model, still whole and in float32, on the CPU of every rank.
+
+    Its weights are those of ``saved``, if given; ConfigError if they are of another model.
+    """
+    model = build(
         config,
         method,
         length=train.seq_length,
@@ -91,7 +114,11 @@ def build_model(build: Builder, config: ModelConfig, train: TrainConfig, method:
         recompute=train.recompute_granularity == "full",
         forward_dtype=torch.bfloat16 if train.bf16 else torch.float32,
         fold_residual=train.fold_residual,
+        initial=None if saved is None else saved.read,
     )
+    if saved is not None:
+        saved.check_covered({tensor.name for tensor in model.tensors})
+    return model
 
 
 def make_optimizer(module: torch.nn.Module, train: TrainConfig) -> VectorClockAdamW:
@@ -115,10 +142,12 @@ def assemble(
     engine: ZeroEngine,
     report: Report,
     position: Position,
+    run: dict[str, Any],
 ) -> Loop:
     """The loop of this rank; ``save`` is set by the caller."""
     folder = output_folder(config)
     main = int(os.environ["RANK"]) == 0
+    batches = BatchesAhead(corpus.train, resolved.micro_batch_size, resolved.accumulation, ctx.data_rank, ctx.data_size)
     return Loop(
         engine=engine,
         method=method,
@@ -129,10 +158,11 @@ def assemble(
         lr=resolved.train.lr or 0.0,
         micro_batch_size=resolved.micro_batch_size,
         accumulation=resolved.accumulation,
-        train_samples=corpus.train,
+        batches=batches,
         eval_samples=corpus.valid,
-        metrics=MetricsWriter(None if folder is None else folder / "metrics.jsonl", main),
+        metrics=open_trackers(folder, config.output, main, run),
         progress=Progress(resolved.train.train_iters, position.step, main),
+        instruments=Instruments(config.diagnostics, folder, report.groups, engine.device),
         memory=report.current_memory,
         save=lambda position: None,
         bytes_per_token=corpus.bytes_per_token,

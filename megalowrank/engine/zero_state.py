@@ -64,9 +64,12 @@ def step_was_applied(engine: Any) -> bool:
 
 
 def release_gathered(engine: Any) -> None:
-    """Under ZeRO-3 give back what a forward pass without a step left gathered."""
+    """Under ZeRO-3 give back what a forward pass without a step left gathered, but for persistent parameters."""
     if hasattr(engine.optimizer, "empty_partition_cache"):
         engine.empty_partition_cache()
+        persistent = engine.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
 
 
 def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:

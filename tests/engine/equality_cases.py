@@ -25,7 +25,7 @@ from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distr
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
-from megalowrank.models.build import BuiltModel, build_llama
+from megalowrank.models.build import BuiltModel, build_gpt, build_llama
 from megalowrank.parallel.collectives import mean_over, sum_over
 from megalowrank.parallel.groups import Groups, initialize_groups
 
@@ -33,6 +33,11 @@ STEPS, LR, SEED = 6, 5e-3, 3
 MODEL = {
     "num_layers": 2, "hidden_size": 12, "ffn_hidden_size": 17, "num_attention_heads": 2, "num_query_groups": 1,
     "vocab_size": 29,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": MODEL,
+    **{family: {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 29, "model_family": family}
+       for family in ("gpt2", "neox")},
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -51,13 +56,19 @@ def batch(step: int, micro: int, rows: int = 4) -> torch.Tensor:
 
 
 def build(
-    method_name: str, low: bool, overrides: dict[str, Any], recompute: bool = False, seed: int = SEED
+    method_name: str,
+    low: bool,
+    overrides: dict[str, Any],
+    recompute: bool = False,
+    seed: int = SEED,
+    family: str = "llama",
 ) -> tuple[Method, BuiltModel]:
     kind = method_class(method_name)
     method = kind(kind.config_class(**{**METHODS[method_name], **overrides}))
     forward = torch.bfloat16 if low else torch.float32
-    return method, build_llama(
-        ModelConfig(**MODEL), method, length=9, seed=seed, recompute=recompute, forward_dtype=forward
+    make = build_llama if family == "llama" else build_gpt
+    return method, make(
+        ModelConfig(**FAMILIES[family]), method, length=9, seed=seed, recompute=recompute, forward_dtype=forward
     )
 
 
@@ -252,7 +263,7 @@ def optimizer_of(case: dict[str, Any], model: BuiltModel) -> VectorClockAdamW:
 def dense(case: dict[str, Any], world: int) -> Run:
     """The case on one process that does the work of ``world`` ranks."""
     low, order = case.get("bf16", False), groups_of(case, world)
-    method, model = build(case["method"], low, case.get("flags", {}))
+    method, model = build(case["method"], low, case.get("flags", {}), family=case.get("family", "llama"))
     if low:
         model.module.bfloat16()
     engine = GroupedDenseEngine(model.module, model.layers, optimizer_of(case, model), case.get("clip", 0.0))
@@ -290,7 +301,10 @@ def make_engine(case: dict[str, Any], model: BuiltModel, groups: Groups) -> Zero
 
 def sharded(case: dict[str, Any], groups: Groups) -> Run:
     """The case under DeepSpeed. Collective."""
-    method, model = build(case["method"], case.get("bf16", False), case.get("flags", {}), case.get("recompute", False))
+    method, model = build(
+        case["method"], case.get("bf16", False), case.get("flags", {}), case.get("recompute", False),
+        family=case.get("family", "llama"),
+    )  # fmt: skip
     engine = make_engine(case, model, groups)
     ctx = context(model, engine, groups.data_rank, groups.data_size)
     method.start(ctx)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from megalowrank.config import DataConfig, OutputConfig, TrainConfig
+from megalowrank.data.ahead import BatchesAhead
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine, StepResult
 from megalowrank.engine.loop import Loop
@@ -133,10 +135,11 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         lr=LR,
         micro_batch_size=4 // ctx.data_size,
         accumulation=micro,
-        train_samples=Samples(micro),  # type: ignore[arg-type]
+        batches=BatchesAhead(Samples(micro), 4 // ctx.data_size, micro, ctx.data_rank, ctx.data_size),
         eval_samples=None,
         metrics=MetricsWriter(None, False),
         progress=Progress(STEPS, 0, False),
+        instruments=SimpleNamespace(update=lambda step: nullcontext(), counters=dict),  # type: ignore[arg-type]
         memory=lambda: 0,
         save=lambda position: None,
         bytes_per_token=None,

@@ -65,7 +65,10 @@ def test_the_interval_of_the_method_is_the_default() -> None:
     plain = replace(JAGGED, lr_restart_interval=None)
     assert with_restarts(plain, 50).lr_restart_interval == 50
     assert with_restarts(JAGGED, 50).lr_restart_interval == 100
-    assert with_restarts(replace(plain, lr_decay_style="cosine", lr_restart_warmup_iters=0), 50).lr_restart_interval is None
+    assert (
+        with_restarts(replace(plain, lr_decay_style="cosine", lr_restart_warmup_iters=0), 50).lr_restart_interval
+        is None
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def model_of(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Adapted]]:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, torch.nn.RMSNorm(64, eps=1e-6, dtype=torch.float64))
     weights = np.load(folder / "tiny_llama_init.npz")
-    state = {("lm_head.weight" if k == "lm_head.weight" else f"model.{k}"): torch.from_numpy(weights[k]) for k in weights}
+    state = {
+        ("lm_head.weight" if k == "lm_head.weight" else f"model.{k}"): torch.from_numpy(weights[k]) for k in weights
+    }
     model.load_state_dict(state, strict=True)
     model.model.rotary_emb = Rotary()
     adapted = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -101,11 +102,16 @@ class Plot:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capsys = monkeypatch, capsys
+        monkeypatch.syspath_prepend(str(ROOT / "tools"))
         spec = importlib.util.spec_from_file_location("plot_run", ROOT / "tools" / "plot_run.py")
         assert spec is not None and spec.loader is not None
         self.module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "plot_run", self.module)
         spec.loader.exec_module(self.module)
+
+    def part(self, name: str) -> Any:
+        """A module behind the tool."""
+        return importlib.import_module(f"plotting.{name}")
 
     def __call__(self, *arguments: Path | str) -> Outcome:
         self.monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, arguments)])
@@ -163,8 +169,8 @@ def test_ranks_of_lora_in_float32(tmp_path: Path, plot: Plot) -> None:
     make_run(run, "lora", False, saved)
     save_checkpoint(saved, 4000, pieces(1, "lora", False), {}, SoloRanks())
     read = plot.module.Run.read(run)
-    found = dict(plot.module.spectra(read, plot.module.find_checkpoint(read, None)))
-    assert {n.split(".")[-1]: plot.module.effective_rank(values) for n, values in found.items()} == RANKS
+    found = dict(plot.part("spectrum").spectra(read, plot.module.find_checkpoint(read, None)))
+    assert {n.split(".")[-1]: plot.part("spectrum").effective_rank(values) for n, values in found.items()} == RANKS
     np.testing.assert_allclose(found["layers.0.attention.q"][:11], np.logspace(0, -1.3, 11), rtol=1e-5)
 
 
@@ -179,7 +185,7 @@ def test_a_run_that_did_not_move_has_rank_0(tmp_path: Path, plot: Plot) -> None:
 
 def test_smoothing_is_a_centred_mean(plot: Plot) -> None:
     values = np.random.default_rng(1).normal(size=300)
-    smooth = plot.module.smooth(values)
+    smooth = plot.part("style").smooth(values)
     for i, half in ((0, 0), (1, 1), (150, 3), (298, 1)):
         assert smooth[i] == pytest.approx(values[i - half : i + half + 1].mean())
 
@@ -216,3 +222,88 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, plot: Plot) -> None:
         assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     for what in ("does not fit", "is not JSON", "line 2"):
         assert what in cases[what].stderr
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def make_record_run(folder: Path, method: str, fields: dict[str, float], updates: int = 40) -> Path:
+    """A run whose loss falls by 0.01 per update from 4, evaluated every 10 updates at 0.5 more."""
+    folder.mkdir(parents=True)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, updates + 1):
+        lines.append({"step": step, "loss": 4 - step / 100, **{key: step * value for key, value in fields.items()}})
+        if step % 10 == 0:
+            lines.append({"step": step, "eval_loss": 4.5 - step / 100 + (step == updates) / 2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(json.dumps({"method": method, "model": {"preset": "llama_9m"}}))
+    return folder
+
+
+ALL_FIELDS = {"lr": 1e-3, "tokens": 1000.0, "tokens_per_second": 10.0, "memory_bytes": 2.0**25}
+
+
+def test_runs_are_compared(tmp_path: Path, plot: Plot) -> None:
+    first = make_record_run(tmp_path / "a" / "run", "full", ALL_FIELDS)
+    second = make_record_run(tmp_path / "b" / "run", "lora", {"lr": 1e-2}, 20)
+    with (second / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "lo')
+    result = plot(first, second, first)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout.splitlines()
+    assert out[:2] == [
+        "b/run: the last line of metrics.jsonl is cut and left out",
+        "b/run: no tokens_per_second, memory_bytes in metrics.jsonl",
+    ]
+    assert [line.split() for line in out[2:6]] == [
+        ["run", "method", "updates", "tokens", "loss", "held-out", "best", "held-out", "tokens/s", "GiB"],
+        ["a/run", "(1)", "full", "40", "4e+04", "3.6150", "4.6000", "4.2000", "205", "1.25"],
+        ["b/run", "lora", "20", "-", "3.8050", "4.8000", "4.4000", "-", "-"],
+        ["a/run", "(2)", "full", "40", "4e+04", "3.6150", "4.6000", "4.2000", "205", "1.25"],
+    ]
+    assert out[6:] == [f"wrote {first / 'comparison.png'}"]
+    check_image(first / "comparison.png")
+    assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "run.json", "comparison.png"}
+
+
+def test_a_comparison_draws_the_numbers(tmp_path: Path, plot: Plot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back from the axes: updates or tokens across, the units of the labels up."""
+    runs = [make_record_run(tmp_path / name, "full", ALL_FIELDS) for name in "ab"]
+    compare, kept = plot.part("compare"), []
+    monkeypatch.setattr(compare, "save", lambda figure, path: kept.append(figure))
+    for x, scale in (("updates", 1), ("tokens", 1000)):
+        assert plot(*runs, "--x", x, "--out", tmp_path / "out").returncode == 0
+        axes = kept.pop().axes
+        assert [len(ax.get_lines()) for ax in axes[:5]] == [2] * 5
+        held_out, memory = axes[1].get_lines()[0], axes[4].get_lines()[1]
+        np.testing.assert_allclose(held_out.get_xdata(), np.array([10, 20, 30, 40]) * scale)
+        np.testing.assert_allclose(held_out.get_ydata(), [4.4, 4.3, 4.2, 4.6])
+        np.testing.assert_allclose(memory.get_ydata(), np.arange(1, 41) / 32)
+        texts = [text.get_text() for text in axes[5].get_legend().get_texts()]
+        assert texts == ["a: full, llama_9m", "b: full, llama_9m"] and axes[0].get_xlabel() == x
+
+
+def test_names_tell_runs_apart(tmp_path: Path, plot: Plot) -> None:
+    names = plot.part("compare").labels
+    assert names([Path("/x/a"), Path("/y/b")]) == ["a", "b"]
+    assert names([Path("/x/a/r"), Path("/y/a/r"), Path("/y/b/r")]) == ["x/a/r", "y/a/r", "y/b/r"]
+    assert names([Path("/r"), Path("/a/r")]) == ["//r", "a/r"]
+    assert names([Path("/a"), Path("/a")]) == ["a (1)", "a (2)"]
+
+
+def test_a_comparison_that_cannot_be_is_one_line(tmp_path: Path, plot: Plot) -> None:
+    good, bare = (make_record_run(tmp_path / name, "full", {}) for name in "ab")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "no_metrics").mkdir()
+    (tmp_path / "no_metrics" / "run.json").write_text("{}")
+    empty = make_record_run(tmp_path / "empty", "full", {}, 0)
+    for words, part in (
+        ((good, tmp_path / "none"), "none/run.json: No such file"),
+        ((good, tmp_path / "no_metrics"), "no_metrics/metrics.jsonl: No such file"),
+        ((good, empty), "empty/metrics.jsonl has no update with a loss"),
+        ((good, bare, "--x", "tokens"), "does not count tokens; allowed: --x updates"),
+        ((good, bare, "--checkpoint", tmp_path), "--checkpoint belongs to one run"),
+    ):
+        result = plot(*words)
+        assert result.returncode == 2 and part in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.png"))
