@@ -16,7 +16,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install pretrain test check clean
+.PHONY: install pretrain data-enwik8 test check clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,12 @@ pretrain: install
 	  --eval-interval 100 --eval-iters 10 --log-interval 10 \
 	  --save $(RUN)/checkpoints --save-interval 200 --keep-last 2 --load auto --output-dir $(RUN)
 	$(BIN)/python tools/plot_run.py $(RUN) --checkpoint $(RUN)/checkpoints
+
+# The first 10**8 bytes of Wikipedia of 2006, cleaned: VOCAB=8192 pieces, or TOKENIZER=file or folder
+VOCAB ?= 8192
+data-enwik8: install
+	$(BIN)/python tools/prepare_enwik8.py --out data/enwik8 --vocab-size $(VOCAB) --cache .cache \
+	  $(if $(TOKENIZER),--tokenizer-model $(TOKENIZER))
 
 test: install
 	$(BIN)/python -m pytest

@@ -32,7 +32,7 @@ from megalowrank.models.accounting import Layout, count_parameters, human, predi
 ROOT = Path(__file__).resolve().parents[1]
 # flags and the two learning rates
 RUNS: dict[str, tuple[str, tuple[str, str]]] = {
-    "full": ("--method full", ("2e-3", "5e-3")),
+    "full": ("--method full", ("2e-3", "1e-3")),
     "lora": ("--method lora --lora-rank 16", ("1e-2", "2e-2")),
     "switchlora": (
         "--method switchlora --lora-rank 16 --switch-interval 20 --switch-descent-rate 0.3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     if index.size and not 0 <= index.min() <= index.max() < n:
         raise ValueError(f"index outside range({n})")
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    round_keys = [_key_of("round", key, number) for number in range(_ROUNDS)]
+    round_keys = [key_of("round", key, number) for number in range(_ROUNDS)]
     values = _feistel(index.astype(np.uint64).ravel(), half_bits, round_keys)
     outside = np.flatnonzero(values >= n)
     while outside.size:
@@ -49,44 +50,31 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
     return mixed
 
 
-def _key_of(purpose: str, *numbers: int) -> int:
+def key_of(purpose: str, *numbers: int) -> int:
     """64 bits that depend on all arguments, alike on every platform."""
     text = "/".join([purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-class BatchSampler:
-    """Which samples of a window make up each global batch.
+class GlobalBatches(ABC):
+    """An endless stream of samples, cut into global batches that any number of ranks shares out alike.
 
-    Position g = step * global_batch_size + j is sample g modulo len(window) of pass g // len(window);
-    with ``shuffle`` each pass has its own order, drawn from (seed, pass). ConfigError if the window
-    has no sample.
+    ``global_batch_size`` samples of ``seq_length`` + 1 tokens are one update.
     """
 
-    def __init__(self, window: TokenWindow, seed: int, global_batch_size: int, shuffle: bool = True) -> None:
-        if not len(window):
-            raise ConfigError("the data are too short for one sample", None, f"> {window.seq_length} tokens")
+    def __init__(self, seq_length: int, global_batch_size: int) -> None:
         if global_batch_size < 1:
             raise ConfigError("--global-batch-size is out of range", global_batch_size, ">= 1")
-        self.window, self.seed = window, seed
-        self.global_batch_size, self.shuffle = global_batch_size, shuffle
+        self.seq_length, self.global_batch_size = seq_length, global_batch_size
+
+    @abstractmethod
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at these positions of the stream: int64 [n] to int64 [n, seq_length + 1]."""
 
     @property
+    @abstractmethod
     def batches_per_epoch(self) -> int:
-        """Whole global batches without a repeated sample; 1, with repeats, if the window is smaller."""
-        return max(1, len(self.window) // self.global_batch_size)
-
-    def sample_indices(self, step: int, positions: np.ndarray) -> np.ndarray:
-        """The sample of the window at each position [...] of the global batch of ``step``; int64 [...]."""
-        length = len(self.window)
-        epochs, places = np.divmod(step * self.global_batch_size + positions.astype(np.int64), length)
-        if not self.shuffle:
-            return places
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            indices[chosen] = permute(places[chosen], length, _key_of("epoch", self.seed, epoch))
-        return indices
+        """Whole global batches without a repeated sample; 1, with repeats, if there are fewer samples."""
 
     def micro_batch(self, step: int, index: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> torch.Tensor:
         """Micro-batch ``index`` of rank ``dp_rank`` in update ``step``.
@@ -101,5 +89,40 @@ class BatchSampler:
                 f"micro-batch {index} of rank {dp_rank} of {dp_size} is outside the global batch of "
                 f"{self.global_batch_size} samples"
             )
-        indices = self.sample_indices(step, np.arange(first, first + micro_batch_size))
-        return torch.from_numpy(np.stack([self.window.sample(i) for i in indices.tolist()]))
+        start = step * self.global_batch_size + first
+        return torch.from_numpy(self.rows(np.arange(start, start + micro_batch_size)))
+
+
+class BatchSampler(GlobalBatches):
+    """The samples of one window.
+
+    Position g is sample g modulo len(window) of pass g // len(window); with ``shuffle`` each pass has its
+    own order, drawn from (seed, pass). ConfigError if the window has no sample.
+    """
+
+    def __init__(self, window: TokenWindow, seed: int, global_batch_size: int, shuffle: bool = True) -> None:
+        if not len(window):
+            raise ConfigError("the data are too short for one sample", None, f"> {window.seq_length} tokens")
+        super().__init__(window.seq_length, global_batch_size)
+        self.window, self.seed, self.shuffle = window, seed, shuffle
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches without a repeated sample; 1, with repeats, if the window is smaller."""
+        return max(1, len(self.window) // self.global_batch_size)
+
+    def sample_indices(self, positions: np.ndarray) -> np.ndarray:
+        """The sample of the window at each position [n] of the stream; int64 [n]."""
+        length = len(self.window)
+        epochs, places = np.divmod(positions.astype(np.int64), length)
+        if not self.shuffle:
+            return places
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = permute(places[chosen], length, key_of("epoch", self.seed, epoch))
+        return indices
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at these positions of the stream: int64 [n] to int64 [n, seq_length + 1]."""
+        return np.stack([self.window.sample(index) for index in self.sample_indices(positions).tolist()])

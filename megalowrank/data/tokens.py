@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import struct
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 import numpy as np
 
+from megalowrank.data.index import DTYPES, HEADER, MAGIC, token_dtype
+from megalowrank.data.spool import Spool, join
 from megalowrank.errors import ConfigError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_UINT16_VOCAB = 65500
 _SPLITS = ("train", "validation", "test")
 _BLOCK = 1 << 22
 
@@ -34,58 +30,23 @@ def write_tokens(prefix: str | os.PathLike[str], documents: Iterable[np.ndarray]
     """
     target = os.fspath(prefix)
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    temporary = f"{target}.{os.getpid()}.tmp"
-    try:
-        counts = _build(temporary, documents, vocab_size)
-        if not counts[1]:
-            raise ConfigError("there are no tokens to write", target)
-        _move_into_place(temporary, target)
-    finally:
-        for suffix in (".bin", ".idx"):
-            if os.path.exists(temporary + suffix):
-                os.remove(temporary + suffix)
-    return counts
-
-
-def _build(prefix: str, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
-    # Imported here because it takes seconds, warns of GPU packages, and reading does not need it.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    dtype = np.uint16 if vocab_size < _UINT16_VOCAB else np.int32
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    n_documents = n_tokens = 0
+    dtype = token_dtype(vocab_size)
+    spool = Spool(f"{target}.{os.getpid()}.spool", dtype, vocab_size)
     try:
         for document in documents:
-            if document.size and not 0 <= document.min() <= document.max() < vocab_size:
-                got = f"{document.min()}..{document.max()} in document {n_documents}"
-                raise ConfigError("token ids are outside the vocabulary", got, f"0..{vocab_size - 1}")
-            builder.add_document(document, [document.size])
-            n_documents, n_tokens = n_documents + 1, n_tokens + document.size
-        builder.finalize(f"{prefix}.idx")
+            spool.add(np.array([document.size]), document, np.zeros(1, np.int64))
+        joined = join([(spool.stem, spool.close())], target, dtype, sizes=False)
     finally:
-        builder.data_file.close()
-    return n_documents, n_tokens
-
-
-def _move_into_place(temporary: str, target: str) -> None:
-    """The old index goes first: an interruption leaves no index, never one of other tokens."""
-    for suffix in (".bin", ".idx"):
-        with open(temporary + suffix, "rb") as stream:
-            os.fsync(stream.fileno())
-    if os.path.exists(f"{target}.idx"):
-        os.remove(f"{target}.idx")
-    os.replace(f"{temporary}.bin", f"{target}.bin")
-    os.replace(f"{temporary}.idx", f"{target}.idx")
+        spool.discard()
+    return joined.documents, joined.tokens
 
 
 class TokenFile:
-    """A checked ``prefix.bin``/``prefix.idx`` pair, read through a memory map.
+    """A checked ``prefix.bin``/``prefix.idx`` pair, read through memory maps.
 
-    ``tokens`` is flat [n_tokens] of ``dtype``; document d is tokens[document_starts[d]:document_ends[d]].
+    ``tokens`` is flat [n_tokens] of ``dtype``; document d is tokens[document_start(d):document_start(d + 1)].
     ConfigError, naming the file, if one is missing, not a Megatron index, of another version, of no
-    integer type, or if its sizes do not add up.
+    integer type, or if its sizes do not add up. The whole index is read once, in blocks.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -93,16 +54,22 @@ class TokenFile:
         index_path, data_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         data_bytes, index_bytes = _file_size(data_path), _file_size(index_path)
         code, n_sequences, n_bounds = _read_header(index_path, index_bytes)
-        self.dtype = np.dtype(_DTYPES[code])
-        bounds = _read_bounds(index_path, n_sequences, n_bounds, self.dtype.itemsize)
-        self.document_starts, self.document_ends = bounds[:-1], bounds[1:]
-        self.n_documents, self.n_tokens = n_bounds - 1, int(bounds[-1])
+        self.dtype = np.dtype(DTYPES[code])
+        self._pointers, self._bounds, self.n_tokens = _map_index(index_path, n_sequences, n_bounds, self.dtype.itemsize)
+        self.n_documents = n_bounds - 1
         expected = self.n_tokens * self.dtype.itemsize
         if data_bytes != expected:
             raise ConfigError(f"{data_path} does not match its index", f"{data_bytes} bytes", expected)
         if not self.n_tokens:
             raise ConfigError(f"{data_path} holds no tokens")
         self.tokens = np.memmap(data_path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+    def document_start(self, number: int) -> int:
+        """The token at which document ``number`` begins; of n_documents it is n_tokens."""
+        sequence = int(self._bounds[number])
+        return (
+            self.n_tokens if sequence == len(self._pointers) else int(self._pointers[sequence]) // self.dtype.itemsize
+        )
 
     def max_token(self, sample: int | None = None) -> int:
         """The largest id among ``sample`` tokens spread evenly over the file, or among all (None).
@@ -128,36 +95,43 @@ def _file_size(path: str) -> int:
 def _read_header(path: str, size: int) -> tuple[int, int, int]:
     """dtype code, number of sequences and of document bounds; the file has the size they ask for."""
     with open(path, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    if header[: len(_MAGIC)] != _MAGIC[: len(header)] or not header:
-        raise ConfigError(f"{path} is not a Megatron index", f"it begins {header[:9]!r}", repr(_MAGIC))
-    if len(header) < _HEADER.size:
-        raise ConfigError(f"{path} is truncated", f"{size} bytes", f"at least {_HEADER.size}")
-    _, version, code, n_sequences, n_bounds = _HEADER.unpack(header)
+        header = stream.read(HEADER.size)
+    if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
+        raise ConfigError(f"{path} is not a Megatron index", f"it begins {header[:9]!r}", repr(MAGIC))
+    if len(header) < HEADER.size:
+        raise ConfigError(f"{path} is truncated", f"{size} bytes", f"at least {HEADER.size}")
+    _, version, code, n_sequences, n_bounds = HEADER.unpack(header)
     if version != 1:
         raise ConfigError(f"{path} has an unknown version", version, 1)
-    if code not in _DTYPES:
-        known = ", ".join(f"{code} ({kind.__name__})" for code, kind in _DTYPES.items())
+    if code not in DTYPES:
+        known = ", ".join(f"{code} ({kind.__name__})" for code, kind in DTYPES.items())
         raise ConfigError(f"{path} has no integer token type", f"code {code}", known)
-    expected = _HEADER.size + n_sequences * (4 + 8) + n_bounds * 8
+    expected = HEADER.size + n_sequences * (4 + 8) + n_bounds * 8
     if size != expected:
         raise ConfigError(f"{path} is truncated or has foreign content", f"{size} bytes", expected)
     return code, n_sequences, n_bounds
 
 
-def _read_bounds(path: str, n_sequences: int, n_bounds: int, itemsize: int) -> np.ndarray:
-    """Token offsets [n_documents + 1] at which documents begin, and the end of the last."""
-    with open(path, "rb") as stream:
-        stream.seek(_HEADER.size)
-        lengths = np.fromfile(stream, dtype="<i4", count=n_sequences)
-        pointers = np.fromfile(stream, dtype="<i8", count=n_sequences)
-        bounds = np.fromfile(stream, dtype="<i8", count=n_bounds)
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if (lengths < 0).any() or not np.array_equal(pointers, ends[:-1] * itemsize):
-        raise ConfigError(f"{path} is damaged: sequence lengths and offsets disagree")
-    if n_bounds < 1 or bounds[0] != 0 or bounds[-1] != n_sequences or (np.diff(bounds) < 0).any():
+def _map_index(path: str, n_sequences: int, n_bounds: int, itemsize: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Byte offsets of sequences, first sequences of documents (both mapped, and checked), and the number of tokens."""
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size)
+    edges = np.cumsum([0, n_sequences * 4, n_sequences * 8, n_bounds * 8]).tolist()
+    lengths, pointers, bounds = (
+        mapped[start:stop].view(kind)
+        for start, stop, kind in zip(edges[:-1], edges[1:], ("<i4", "<i8", "<i8"), strict=True)
+    )
+    n_tokens = 0
+    for first in range(0, n_sequences, _BLOCK):
+        block = lengths[first : first + _BLOCK]
+        ends = n_tokens + np.cumsum(block, dtype=np.int64)
+        starts = (ends - block) * itemsize
+        if block.min() < 0 or not np.array_equal(starts, pointers[first : first + _BLOCK]):
+            raise ConfigError(f"{path} is damaged: sequence lengths and offsets disagree")
+        n_tokens = int(ends[-1])
+    ordered = all((np.diff(bounds[first : first + _BLOCK + 1]) >= 0).all() for first in range(0, n_bounds, _BLOCK))
+    if n_bounds < 1 or bounds[0] != 0 or bounds[-1] != n_sequences or not ordered:
         raise ConfigError(f"{path} is damaged: its documents do not cover its {n_sequences} sequences")
-    return ends[bounds]
+    return pointers, bounds, n_tokens
 
 
 def _spread_blocks(total: int, sample: int) -> Iterator[tuple[int, int]]:
@@ -206,7 +180,7 @@ def split_documents(token_file: TokenFile, split: str, seq_length: int = 1) -> l
     total = sum(weights)
     edges = [0.0, *accumulate(weight / total for weight in weights)]
     documents = [round(edge * token_file.n_documents) for edge in edges]
-    offsets = np.append(token_file.document_starts, token_file.n_tokens)[documents].tolist()
+    offsets = [token_file.document_start(number) for number in documents]
     ranges = list(zip(offsets[:-1], offsets[1:], strict=True))
     for name, weight, (start, stop) in zip(_SPLITS, weights, ranges, strict=True):
         if weight and stop - start <= seq_length:

@@ -134,6 +134,6 @@ def _check(state: OptimizerStateView, rule: Pruning, step: int) -> dict[str, flo
     wanted = rule.share - slack.get(rule.how, spread)
     if min(zeros) < wanted:
         raise TrainingError(
-            f"moments were not pruned at step {step}: {min(zeros):.4f} of them are zero, at least {wanted:.4f} should be"
+            f"moments were not pruned at step {step}: {min(zeros):.4f} of them are zero, not {wanted:.4f} or more"
         )
     return dict(zip(MOMENTS, zeros, strict=True))

@@ -29,9 +29,8 @@ class VectorSet:
     def whole(factors: list[int], rows: list[int], lengths: list[int]) -> VectorSet:
         """All ``rows[i]`` vectors of ``lengths[i]`` elements of factor ``factors[i]``, factor by factor."""
         number = np.concatenate([np.arange(count) for count in rows]) if rows else np.zeros(0, dtype=np.int64)
-        return VectorSet(
-            np.repeat(np.array(factors, dtype=np.int64), rows), number, np.repeat(np.array(lengths, dtype=np.int64), rows)
-        )
+        owners, widths = np.array(factors, dtype=np.int64), np.array(lengths, dtype=np.int64)
+        return VectorSet(np.repeat(owners, rows), number, np.repeat(widths, rows))
 
     @cached_property
     def offsets(self) -> np.ndarray:

@@ -22,6 +22,10 @@ class Groups:
     rank: int
     world: int
 
+    def labels(self) -> dict[tuple[int, ...], str]:
+        """Names of groups by their ranks, ascending; where two groups have the same ranks, the inner one's."""
+        return {tuple(range(self.world)): "world", tuple(sorted(dist.get_process_group_ranks(self.data))): "data"}
+
 
 def initialize_groups(config: ParallelConfig) -> Groups:
     """Build the process groups; every rank calls it, after torch.distributed is initialised.

@@ -1,0 +1,80 @@
+"""The weights of a checkpoint as a plain model has them: folded, merged, float32, whatever method trained them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalowrank.checkpoint.io import Checkpoint
+from megalowrank.config import ModelConfig
+from megalowrank.errors import ConfigError
+from megalowrank.lowrank.fold import join_residual
+from megalowrank.methods import method_class
+
+_FACTORS = (".A", ".B")
+
+
+class SavedWeights:
+    """Weights by logical name, read as they are asked for. Every rank may read alone; nothing is communicated."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.run = checkpoint, checkpoint.state["run"]
+        self._stored = set(checkpoint.names())
+        self.names = {
+            name.split("/", 1)[1]
+            for name in self._stored
+            if name.startswith(("master/", "weight/")) and not name.endswith(_FACTORS)
+        }
+        kind = method_class(self.run["method"])
+        adapters = kind(kind.config_class(**self.run["method_config"])).adapters()
+        self._scale = 0.0 if adapters is None else adapters.spec.scale
+
+    @classmethod
+    def open(cls, path: Path) -> SavedWeights:
+        """A checkpoint, or the newest one of a folder, with its hashes verified; ConfigError if it is damaged."""
+        return cls(Checkpoint.open(path))
+
+    def model_config(self) -> ModelConfig:
+        """The shape of the model that was trained. ConfigError if this version does not know a field of it."""
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        saved: dict[str, Any] = self.run["model"]
+        if saved.keys() - known:
+            raise ConfigError(
+                f"the checkpoint {self.checkpoint.path.name} was written by another version",
+                f"unknown {sorted(saved.keys() - known)[0]}",
+            )
+        return ModelConfig(**saved)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The weight called ``name`` with s·B·A merged into it: float32 (or float64) of ``shape``.
+
+        Raises ConfigError if there is none, or of another shape.
+        """
+        if name not in self.names:
+            raise ConfigError(f"the checkpoint {self.checkpoint.path.name} lacks {name}", None, "a model of this shape")
+        stored = f"master/{name}" if f"master/{name}" in self._stored else f"weight/{name}"
+        found = tuple(self.checkpoint.shape(stored))
+        if found != tuple(shape):
+            raise ConfigError(f"{name} in the checkpoint {self.checkpoint.path.name} has another shape", found, shape)
+        value = self.checkpoint.read(stored).view(shape)
+        if f"residual/{name}" in self._stored:
+            value = join_residual(value, self.checkpoint.read(f"residual/{name}").view(shape))
+        return self._merged(name.removesuffix(".weight"), value if value.dtype == torch.float64 else value.float())
+
+    def _merged(self, matrix: str, value: torch.Tensor) -> torch.Tensor:
+        if f"master/{matrix}.A" not in self._stored:
+            return value
+        A, Bt = (self.checkpoint.read(f"master/{matrix}{side}") for side in _FACTORS)
+        return value.addmm(Bt.view(-1, value.shape[0]).t(), A.view(-1, value.shape[1]), alpha=self._scale)
+
+    def check_covered(self, wanted: set[str]) -> None:
+        """Raise ConfigError if the checkpoint has weights that nobody wants: it is of another model."""
+        surplus = sorted(self.names - wanted)
+        if surplus:
+            raise ConfigError(
+                f"the checkpoint {self.checkpoint.path.name} has a weight that the model lacks: {surplus[0]}",
+                f"{len(surplus)} of them", "a checkpoint of a model of this shape",
+            )  # fmt: skip
