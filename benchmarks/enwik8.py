@@ -118,11 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="prefix of the token files; the tokenizer lies beside as .model")
     parser.add_argument("--out", type=Path, default=Path("runs/enwik8"))
+    parser.add_argument("--methods", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iters", type=int, default=400, help="updates of 4096 tokens")
     args = parser.parse_args()
     results = {}
-    for name, (_, rates) in RUNS.items():
+    for name in args.methods:
+        rates = RUNS[name][1]
         tried = {lr: train(args.out, name, lr, args.seeds[0], args) for lr in rates}
         best = min(tried, key=lambda lr: held_out(tried[lr]))
         folders = [train(args.out, name, best, seed, args) for seed in args.seeds]

@@ -84,7 +84,7 @@ class BlendedSampler(GlobalBatches):
         """Number of the part, and position within it, of positions [n] of the blend."""
         cycles, places = np.divmod(positions.astype(np.int64), PERIOD)
         numbers = self._table[places]
-        return numbers, cycles * self.counts[numbers] + 0 * self._ranks[places]
+        return numbers, cycles * self.counts[numbers] + self._ranks[places]
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """The samples at these positions of the stream: int64 [n] to int64 [n, seq_length + 1]."""

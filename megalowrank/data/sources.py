@@ -110,7 +110,8 @@ class _Lines(FileSource):
         position = part.start
         try:
             with _open(self.path) as stream:
-                stream.seek(position)
+                if position:
+                    stream.seek(position)
                 while (part.stop < 0 or position < part.stop) and (line := self._line(stream, position)):
                     yield position, line if position else line.removeprefix(_BYTE_ORDER_MARK)
                     position += len(line)
@@ -226,8 +227,7 @@ class Parquet(FileSource):
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 groups = list(range(part.start, part.stop))
                 for batch in file.iter_batches(256, row_groups=groups, columns=[self.key], use_threads=False):
-                    for row in batch.to_pylist():
-                        yield checked_text(row, self.key, place)
+                    yield from [checked_text(row, self.key, place) for row in batch.to_pylist()]
         except (pyarrow.ArrowException, OSError) as error:
             raise ConfigError(f"cannot read {self.path}", str(error)[:200]) from None
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.equality_cases import LR, STEPS, Run, difference
+from megalowrank.methods import METHODS as REGISTRY
+from tests.engine.equality_cases import LR, METHODS, STEPS, Run, difference
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -45,7 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge, random": {"method": "relora", "flags": {"relora_reset": "random", "relora_restart_clock": True}},
     "merge, drawn B": {"method": "relora", "flags": {"lora_init": "switchlora", "relora_reset": "none"}},
 }
-EVERYWHERE = ("fifo", "merge")
+NEW = {name: {"method": name} for name in REGISTRY if {"method": name} not in VARIANTS.values()}
+VARIANTS.update(NEW)
+EVERYWHERE = ("fifo", "merge", *NEW)
 
 
 SMALL_SET = ("zero0", "zero1", "zero2", "zero3", "zero3 all offload")
@@ -61,7 +64,10 @@ def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
     found = []
     for at, layout in enumerate(layouts):
         found += [case("fifo", layout, bf16=bf16, micro=micro) for bf16 in (False, True) for micro in (1, 2)]
-        found += [case("merge", layout, bf16=bf16, micro=1 + (bf16 + at) % 2) for bf16 in (False, True)]
+        found += [
+            case(variant, layout, bf16=bf16, micro=1 + (bf16 + at) % 2)
+            for variant in EVERYWHERE[1:] for bf16 in (False, True)
+        ]  # fmt: skip
         for v, variant in enumerate(VARIANTS):
             if variant not in EVERYWHERE and (v + at) % 2 == 0:
                 turn = (v + at) // 2
@@ -100,6 +106,11 @@ def four_rank_cases() -> list[dict[str, Any]]:
     found += [case("fifo", layout, bf16=True) for layout in ("zero0", "zero2", "zero3 all offload")]
     found += [case("full", "zero2", bf16=True, micro=2), case("merge", "zero3 small"), case("merge", "zero2")]
     return found + [case(variant, "zero3 small", clip=0.5) for variant in ("random", "lora")]
+
+
+def test_every_method_of_the_registry_is_in_the_matrix() -> None:
+    assert METHODS.keys() == REGISTRY.keys(), "a method needs a line in equality_cases.METHODS"
+    assert {variant["method"] for variant in VARIANTS.values()} == REGISTRY.keys()
 
 
 def launch(world: int, cases: list[dict[str, Any]], folder: Path) -> list[Report]:

@@ -17,6 +17,7 @@ from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.loop import Position
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.errors import ConfigError
+from megalowrank.methods import METHODS as REGISTRY
 from megalowrank.parallel.groups import Groups, initialize_single_process
 from tests.engine.equality_cases import STEPS, build
 from tests.engine.resume_cases import Process, run_json
@@ -43,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "merge": {"method": "relora"},
 }
+KNOWN = {variant["method"] for variant in VARIANTS.values()}
+VARIANTS.update({name: {"method": name} for name in REGISTRY if name not in KNOWN})
 CUTS = ((2, 3), (3, 3), (1, 4))
 
 
