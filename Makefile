@@ -1,6 +1,6 @@
 # make pretrain   everything from nothing to a pre-trained LLaMA, its loss curve and a checkpoint
 # make test       the test suite            make check   lint and type check
-# make install    only the virtual environment
+# make install    only the virtual environment   make data-enwik8   100 MB of Wikipedia as training data
 PYTHON ?= python3
 VENV ?= .venv
 # On a GPU machine any torch >= 2.6 with CUDA that suits it: make install TORCH=torch
@@ -50,7 +50,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megalowrank pretrain_llama.py tools benchmarks
+	$(BIN)/mypy megalowrank pretrain_llama.py pretrain_gpt.py tools benchmarks
 
 clean:
 	rm -rf runs/quickstart

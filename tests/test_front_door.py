@@ -119,7 +119,7 @@ def test_run_json_and_checkpoint(by_deepspeed: tuple[Path, str], tiny_corpus: Ti
     assert (run["method"], run["world_size"], run["method_config"]["lora_rank"]) == ("switchlora", 2, 8)
     assert (run["train"]["micro_batch_size"], run["train"]["global_batch_size"]) == (2, TOTAL)
     assert (run["model"]["vocab_size"], run["deepspeed"]["zero_optimization"]["stage"]) == (320, 2)
-    assert (run["data"]["data_path"], run["unigram_loss"] > 1) == (str(tiny_corpus.prefix), True)
+    assert (run["data"]["data_path"], run["unigram_loss"] > 1) == ([str(tiny_corpus.prefix)], True)
     saved = folder / "checkpoints" / f"step_{ITERS:08d}"
     assert (saved.parent / "latest").read_text().strip() == saved.name
     assert json.loads((saved / "manifest.json").read_text())["state"]["run"] == run

@@ -16,10 +16,11 @@ from deepspeed.launcher import runner
 
 from megalowrank.cli import parse
 from megalowrank.methods import METHODS
+from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES
 from megalowrank.models.presets import apply_preset
 from tests.harness import ROOT
 
-PROGRAM = "pretrain_llama.py"
+PROGRAMS = {"pretrain_llama.py": LLAMA_FAMILIES, "pretrain_gpt.py": GPT_FAMILIES}
 STARTERS = ("python", "python3", "deepspeed", "torchrun", "srun", "make")
 FENCE = re.compile(r"^```(?:sh|bash|shell)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONFIGS = {name: method.config_class for name, method in METHODS.items()}
@@ -52,7 +53,7 @@ def make(*arguments: str) -> str:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> dict[str, list[str]]:
@@ -81,13 +82,13 @@ def help_of(script: str) -> str:
     return done.stdout
 
 
-def check_program(flags: list[str]) -> None:
-    """A command line of the program: its flags, the shape of its model, and the DeepSpeed JSON it names."""
+def check_program(program: str, flags: list[str]) -> None:
+    """A command line of a program: its flags, the shape of its model, and the DeepSpeed JSON it names."""
     if flags in (["--help"], ["-h"]):
         return
-    config = parse(flags, CONFIGS, PROGRAM)
+    config = parse(flags, CONFIGS, program)
     assert config.ds_config is not None and (ROOT / config.ds_config).is_file(), "--ds-config"
-    apply_preset(config.model, 2000)
+    apply_preset(config.model, 2000, config.train.seq_length, PROGRAMS[program])
     assert config.data.data_path and config.train.lr
 
 
@@ -117,13 +118,14 @@ def test_a_command_that_is_written_down_is_taken(place: str) -> None:
     if words[0] == "make":
         make(*(word for word in words[1:] if not word.startswith("-")))
         return
-    if not scripts:
+    if not scripts or "pytest" in words:
         assert words[:2] == ["python", "-m"] or words[0] == "srun", f"{place} starts nothing that is ours"
         return
     start = scripts[0]
     check_launcher(words[0], words[1:start], words[start:])
-    if Path(words[start]).name == PROGRAM:
-        check_program(words[start + 1 :])
+    program = Path(words[start]).name
+    if program in PROGRAMS:
+        check_program(program, words[start + 1 :])
     else:
         check_script(words[start:])
 
@@ -131,14 +133,14 @@ def test_a_command_that_is_written_down_is_taken(place: str) -> None:
 def test_the_readme_starts_with_two_commands() -> None:
     lines = fenced((ROOT / "README.md").read_text())
     assert lines[:2] == ["make pretrain", "make test"]
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert targets >= {"install", "pretrain", "test", "check", "clean"}
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert targets >= {"install", "pretrain", "test", "check", "clean", "data-enwik8"}
     assert {words_of(line)[1] for line in lines if line.startswith("make")} <= targets
 
 
 def test_make_pretrain_is_tokens_then_training_then_plots() -> None:
     scripts = [re.findall(r"(\w+\.py)", line)[0] for line in joined(make("pretrain")) if ".py" in line]
-    assert scripts == ["prepare_sample.py", PROGRAM, "plot_run.py"]
+    assert scripts == ["prepare_sample.py", "pretrain_llama.py", "plot_run.py"]
     assert "pytest" in make("test") and "mypy" in make("check")
     assert "--train-iters 7 " in make("pretrain", "ITERS=7") and "--num_accelerators 3" in make("pretrain", "RANKS=3")
 
@@ -155,4 +157,4 @@ def test_files_that_are_named_are_there() -> None:
     ours = "|".join(("megalowrank", "tests", "tools", "benchmarks", "ds_configs", "docs", "slurm"))
     named = {path: set(re.findall(rf"`((?:{ours})/[\w./]+)`", path.read_text())) for path in documents()}
     missing = {f"{path.name}: {name}" for path, names in named.items() for name in names if not (ROOT / name).exists()}
-    assert missing <= {"README.md: megalowrank/methods/yours.py"}
+    assert {place.split(": ")[1] for place in missing} <= {"megalowrank/methods/yours.py"}

@@ -51,7 +51,9 @@ class ReLoRAConfig(LoRAConfig):
     relora_reset: str = flag(
         "zero", "what a merge does to the factors' moments", choices=("zero", "random", "magnitude", "none")
     )
-    relora_prune_ratio: float = flag(0.9, "share of the moments that random or magnitude pruning zeroes")
+    relora_prune_ratio: float | None = flag(
+        None, "share of the moments that random or magnitude pruning zeroes; default: 0.9"
+    )
     relora_masks: str = flag(
         "shared", "one mask for exp_avg and exp_avg_sq, or one of its own for each", choices=("shared", "independent")
     )
@@ -61,7 +63,12 @@ class ReLoRAConfig(LoRAConfig):
         """Ranges of single values."""
         super().check()
         at_least("relora-interval", self.relora_interval, 1)
-        if not 0.0 < self.relora_prune_ratio < 1.0:
+        prunes = self.relora_reset in ("random", "magnitude")
+        if self.relora_prune_ratio is not None and not prunes:
+            raise ConfigError(f"--relora-prune-ratio has no effect with --relora-reset {self.relora_reset}")
+        if self.relora_masks == "independent" and not prunes:
+            raise ConfigError(f"--relora-masks independent has no effect with --relora-reset {self.relora_reset}")
+        if self.relora_prune_ratio is not None and not 0.0 < self.relora_prune_ratio < 1.0:
             raise ConfigError("--relora-prune-ratio is out of range", self.relora_prune_ratio, "0 < ratio < 1")
 
 
@@ -123,7 +130,7 @@ class ReLoRA(LoRA):
 
     def _rule(self) -> Pruning:
         how = self.config.relora_reset
-        share = 1.0 if how == "zero" else self.config.relora_prune_ratio
+        share = 1.0 if how == "zero" else self.config.relora_prune_ratio or 0.9
         return Pruning(how, share, self.config.relora_masks == "shared")
 
     def counters(self) -> dict[str, float]:

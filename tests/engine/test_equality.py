@@ -42,10 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "merge": {"method": "relora"},
     "merge, both masks": {"method": "relora", "flags": {"relora_masks": "independent", "relora_prune_ratio": 0.5}},
-    "merge, zero": {"method": "relora", "flags": {"relora_reset": "zero", "relora_interval": 3}},
+    "merge, zero": {"method": "relora", "flags": {
+        "relora_reset": "zero", "relora_prune_ratio": None, "relora_interval": 3,
+    }},
     "merge, random": {"method": "relora", "flags": {"relora_reset": "random", "relora_restart_clock": True}},
-    "merge, drawn B": {"method": "relora", "flags": {"lora_init": "switchlora", "relora_reset": "none"}},
-}
+    "merge, drawn B": {"method": "relora", "flags": {
+        "lora_init": "switchlora", "relora_reset": "none", "relora_prune_ratio": None,
+    }},
+}  # fmt: skip
 NEW = {name: {"method": name} for name in REGISTRY if {"method": name} not in VARIANTS.values()}
 VARIANTS.update(NEW)
 EVERYWHERE = ("fifo", "merge", *NEW)
@@ -198,7 +202,8 @@ def test_bf16_on_four_ranks(reports: dict[int, list[Report]]) -> None:
 def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], world: int) -> None:
     for case, ranks in reports[world]:
         for report in ranks:
-            assert report["learned"] > 0.05 or case["method"] == "relora", case
+            least = 0.0 if "family" in case else 0.05
+            assert report["learned"] > least or case["variant"] in FEW_MERGES, case
             assert report["idle"] == [], f"{case}: tensors without a gradient"
             assert report["switched"][0] == report["switched"][1]
             assert (report["switched"][0] > 20) == (case["method"] == "switchlora"), case
@@ -206,6 +211,7 @@ def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], wor
 
 
 MERGES = {"merge": 2, "merge, both masks": 2, "merge, zero": 1, "merge, random": 2, "merge, drawn B": 2}
+FEW_MERGES = set(MERGES) - {"merge"}
 ZEROED = {"merge": 0.7, "merge, both masks": 0.5, "merge, zero": 1.0, "merge, random": 0.7}
 
 

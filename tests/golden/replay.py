@@ -75,8 +75,8 @@ def relora_settings(golden: Golden) -> dict[str, Any]:
         "lora_init": "classic" if cfg["fix_init"] else "zero",
         "relora_interval": cfg["R"],
         "relora_reset": how,
-        "relora_prune_ratio": magnitude or 0.9,
-        "relora_masks": "shared" if cfg.get("shared") or "shared" in golden.name else "independent",
+        "relora_prune_ratio": magnitude or None,
+        "relora_masks": "shared" if not magnitude or cfg.get("shared") or "shared" in golden.name else "independent",
     }
 
 

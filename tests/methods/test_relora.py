@@ -129,8 +129,11 @@ def test_draws_differ_between_merges_and_matrices_and_not_between_runs() -> None
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [({"relora_interval": 0}, "--relora-interval"), ({"relora_prune_ratio": 1.0}, "--relora-prune-ratio"),
-     ({"relora_prune_ratio": float("nan")}, "--relora-prune-ratio"), ({"lora_rank": 0}, "--lora-rank")],
+    [({"relora_interval": 0}, "--relora-interval"), ({"lora_rank": 0}, "--lora-rank"),
+     ({"relora_reset": "random", "relora_prune_ratio": 1.0}, "--relora-prune-ratio is out of range"),
+     ({"relora_reset": "magnitude", "relora_prune_ratio": float("nan")}, "--relora-prune-ratio is out of range"),
+     ({"relora_prune_ratio": 0.5}, "--relora-prune-ratio has no effect with --relora-reset zero"),
+     ({"relora_masks": "independent"}, "--relora-masks independent has no effect")],
 )  # fmt: skip
 def test_values_out_of_range(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
