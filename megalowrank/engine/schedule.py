@@ -73,3 +73,17 @@ def with_restarts(config: TrainConfig, method_interval: int | None) -> TrainConf
             f"< {interval}",
         )
     return replace(config, lr_restart_interval=interval)
+
+
+def restart_warnings(config: TrainConfig, method_interval: int | None) -> list[str]:
+    """What a user should know of a method that restarts every ``method_interval`` updates under this schedule."""
+    if method_interval is None:
+        return []
+    if method_interval + 1 - config.lr_restart_offset >= config.train_iters:
+        return [f"the method never restarts: its interval is {method_interval} of --train-iters {config.train_iters}"]
+    if config.lr_decay_style != RESTARTS:
+        return [
+            f"the method restarts every {method_interval} updates and the learning rate does not: updates after a "
+            f"restart may be too large (--lr-decay-style {RESTARTS} climbs from 0)"
+        ]
+    return []

@@ -26,7 +26,7 @@ from megalowrank.engine.metrics import Progress
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState
-from megalowrank.engine.schedule import with_restarts
+from megalowrank.engine.schedule import restart_warnings, with_restarts
 from megalowrank.engine.trackers import open_trackers
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.errors import ConfigError
@@ -63,6 +63,7 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     groups = initialize_groups(config.parallel)
     saved = SavedWeights.open(Path(config.output.load or ".")) if config.output.finetune else None
     model = build_model(build, model_config, train, method, saved)
+    model.warnings += restart_warnings(train, method.restart_interval())
     engine = ZeroEngine(model.module, model.layers, make_optimizer(model.module, train), resolved.deepspeed, groups)
     allocate = host_allocator(resolved.pin_host_memory)
     ctx = Context(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalowrank.config import TrainConfig
-from megalowrank.engine.schedule import learning_rate, with_restarts
+from megalowrank.engine.schedule import learning_rate, restart_warnings, with_restarts
 from megalowrank.errors import ConfigError
 
 JAGGED = TrainConfig(
@@ -69,6 +69,13 @@ def test_the_interval_of_the_method_is_the_default() -> None:
         with_restarts(replace(plain, lr_decay_style="cosine", lr_restart_warmup_iters=0), 50).lr_restart_interval
         is None
     )
+
+
+def test_restarts_that_never_come_or_come_alone_are_said_aloud() -> None:
+    assert restart_warnings(JAGGED, None) == restart_warnings(JAGGED, 100) == []
+    assert "never restarts" in restart_warnings(JAGGED, 400)[0] and restart_warnings(JAGGED, 398) == []
+    smooth = replace(JAGGED, lr_decay_style="cosine", lr_restart_interval=None, lr_restart_warmup_iters=0)
+    assert "the learning rate does not" in restart_warnings(smooth, 100)[0]
 
 
 @pytest.mark.parametrize(
