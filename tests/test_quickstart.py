@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,4 +27,15 @@ def test_make_pretrain(tmp_path: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000006"
     for picture in ("loss.png", "schedule.png", "spectrum.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert (run / "tensorboard").is_dir()
     assert "Traceback" not in done.stderr
+    the_readme_lets_it_write(run, env)
+
+
+def the_readme_lets_it_write(run: Path, env: dict[str, str]) -> None:
+    """The README's command that samples text, on this run."""
+    (line,) = re.findall(r"^python (tools/generate.py .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = [word.replace("runs/quickstart", str(run)) for word in shlex.split(line)]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("KING HENRY") and len(done.stdout) > 50
