@@ -74,6 +74,9 @@ def parse(argv: Sequence[str], method_configs: Mapping[str, type], program: str)
         _refuse(unknown[0], parser, method, method_configs)
     replaced = file.method is not None and file.method != method
     values = {"ds_config": file.deepspeed, **file.values(classes, method_configs, replaced), **vars(known)}
+    if values.get("finetune") and vars(known).get("load") == "auto" and "finetune" not in vars(known):
+        values["finetune"] = False
+        file.notes.append("--load auto resumes; the weights that finetune of the file names are not read again")
     ds_config = values.pop("ds_config")
     built = {
         name: cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
@@ -82,15 +85,27 @@ def parse(argv: Sequence[str], method_configs: Mapping[str, type], program: str)
     for name, section in built.items():
         if name != "model":
             section.check()
+    _check_profile(built["diagnostics"], built["train"])
     given = {flag.name for cls in classes.values() for flag in flags_of(cls) if flag.name in values}
     return RunConfig(**built, ds_config=ds_config, given=given, notes=file.notes)
+
+
+def _check_profile(diagnostics: DiagnosticsConfig, train: TrainConfig) -> None:
+    profiled = diagnostics.profiled()
+    if profiled is not None and profiled.start >= train.train_iters:
+        allowed = f"updates below --train-iters {train.train_iters}"
+        raise ConfigError("--profile-steps begins after the last update", diagnostics.profile_steps, allowed)
 
 
 def build_parser(classes: Mapping[str, type], program: str, method: str) -> argparse.ArgumentParser:
     """A parser with one group per dataclass; flags that are not typed stay absent from the result."""
     parser = _Parser(prog=program, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these flags, or an earlier run.json")
-    parser.add_argument("--ds-config", "--deepspeed-config", metavar="FILE", help="DeepSpeed configuration (JSON)")
+    parser.add_argument(
+        "--config", metavar="FILE", type=_text, help="YAML or JSON with any of these flags, or an earlier run.json"
+    )
+    parser.add_argument(
+        "--ds-config", "--deepspeed-config", metavar="FILE", type=_text, help="DeepSpeed configuration (JSON)"
+    )
     parser.add_argument("--deepspeed", action="store_true", help="accepted: DeepSpeed is always used")
     parser.add_argument("--local-rank", type=int, help="set by the launcher")
     for name, cls in classes.items():
@@ -108,7 +123,7 @@ def _add_flag(group: Any, item: Flag) -> None:
     if item.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = str if item.kind is list else item.kind
+        options["type"] = _text if item.kind in (str, list) else item.kind
         options["metavar"] = item.name.rsplit("_", 1)[-1].upper()
     if item.choices:
         options["choices"] = item.choices
@@ -116,6 +131,13 @@ def _add_flag(group: Any, item: Flag) -> None:
     if item.nargs:
         options["nargs"] = item.nargs
     group.add_argument(item.option, **options)
+
+
+def _text(word: str) -> str:
+    """A word of an unset shell variable would count as not given."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
+    return word
 
 
 def _dashes(word: str) -> str:
@@ -129,7 +151,7 @@ def _early(words: list[str]) -> argparse.Namespace:
     """``--method`` and ``--config``, on which the other flags depend."""
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--method")
-    finder.add_argument("--config", action="append", default=[])
+    finder.add_argument("--config", action="append", type=_text, default=[])
     found = finder.parse_known_args(words)[0]
     if len(found.config) > 1:
         raise ConfigError("--config is given twice", None, "one file")

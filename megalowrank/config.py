@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megalowrank.errors import ConfigError
@@ -59,7 +60,7 @@ class ModelConfig:
         None, "rows of the learned position embedding; default: the preset's, else --seq-length"
     )
     norm_impl: str = flag(
-        "torch", "norms of torch, or the fused ones of NVIDIA apex, if installed", choices=("torch", "apex")
+        "torch", "norms of torch, or the fused ones of NVIDIA apex, if installed", choices=("torch", "apex"), free=True
     )
     norm_epsilon: float | None = flag(None, "epsilon of the norms; default: 1e-6 (llama) or 1e-5")
     rotary_base: float | None = flag(None, "base of the rotary position embedding; default: 10000")
@@ -159,6 +160,9 @@ class TrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is out of range", getattr(self, name), "0 <= beta < 1")
         if self.lr_warmup_iters > (self.lr_decay_iters or self.train_iters):
             raise ConfigError("--lr-warmup-iters is longer than the decay", self.lr_warmup_iters)
+        for name in ("min_lr", "lr_decay_iters") if self.lr_decay_style == "constant" else ():
+            if getattr(self, name):
+                raise ConfigError(f"--{name.replace('_', '-')} has no effect with --lr-decay-style constant")
 
 
 @dataclass
@@ -201,8 +205,16 @@ class DataConfig:
             raise ConfigError("--data-path is split by --split", "--train-data-path or --valid-data-path as well")
         if self.valid_data_path and not self.train_data_path:
             raise ConfigError("--valid-data-path needs --train-data-path")
+        if self.train_data_path and self.split != DataConfig.split:
+            raise ConfigError("--split has no effect with --train-data-path", self.split)
         at_least("eval-interval", self.eval_interval, 0)
         at_least("eval-iters", self.eval_iters, 0)
+
+
+def _folders(checkpoint: str) -> tuple[Path, Path]:
+    """The folder that is named, and the one above it: a checkpoint lies in the folder of its run."""
+    path = Path(checkpoint).resolve()
+    return path, path.parent
 
 
 @dataclass
@@ -216,7 +228,9 @@ class OutputConfig:
     load: str | None = flag(
         None, "checkpoint to resume: a folder of checkpoints, one checkpoint, or 'auto' (newest in --save)"
     )
-    finetune: bool = flag(False, "take only the weights of --load and start at update 0, with any method")
+    finetune: bool = flag(
+        False, "start at update 0 with the weights of --load, any method; once --save has a checkpoint, resume that"
+    )
     save_interval: int = flag(0, "updates between checkpoints; 0: only at the end", unit="updates")
     keep_last: int = flag(0, "newest checkpoints that are kept; 0: all")
     log_interval: int = flag(10, "updates between log lines", unit="updates")
@@ -232,12 +246,16 @@ class OutputConfig:
         at_least("log-interval", self.log_interval, 1)
         if self.finetune and self.load in (None, "auto"):
             raise ConfigError("--finetune needs --load with the checkpoint to start from", self.load)
+        if self.finetune and self.save and Path(self.save).resolve() in _folders(self.load or ""):
+            raise ConfigError("--finetune with --save in the folder of --load would overwrite its run", self.save)
         if self.load == "auto" and not self.save:
             raise ConfigError("--load auto looks in --save, which is not given")
-        if self.save_interval and not self.save:
-            raise ConfigError("--save-interval needs --save")
-        if self.wandb_name is not None and not self.wandb_project:
-            raise ConfigError("--wandb-name needs --wandb-project")
+        for name in ("save_interval", "keep_last"):
+            if getattr(self, name) and not self.save:
+                raise ConfigError(f"--{name.replace('_', '-')} needs --save")
+        for name in ("wandb_name", "wandb_mode"):
+            if getattr(self, name) != getattr(OutputConfig, name) and not self.wandb_project:
+                raise ConfigError(f"--{name.replace('_', '-')} needs --wandb-project")
 
 
 @dataclass
@@ -255,9 +273,10 @@ class DiagnosticsConfig:
     def check(self) -> None:
         """Ranges of updates and ranks."""
         self.profiled()
-        self.ranks()
-        if self.memory_snapshot and self.profile_steps is None:
+        if self.profile_steps is None and self.memory_snapshot:
             raise ConfigError("--memory-snapshot needs --profile-steps")
+        if self.profile_steps is None and self.ranks() != [0]:
+            raise ConfigError("--profile-ranks needs --profile-steps")
 
     def profiled(self) -> range | None:
         """The updates that are recorded."""

@@ -116,6 +116,7 @@ def read_without_checks(section: str, field: str, *words: str) -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for cls in (*SECTIONS.values(), *CONFIGS.values()):
             monkeypatch.setattr(cls, "check", lambda self: None)
+        monkeypatch.setattr("megalowrank.cli._check_profile", lambda diagnostics, train: None)
         config = parsed(*words)
     assert field in config.given
     return getattr(config.sections()[section], field)
@@ -220,6 +221,7 @@ REALS_FROM_ZERO = ("min-lr", "weight-decay", "adam-eps", "clip-grad", "norm-epsi
 REALS_ABOVE_ZERO = ("lr", "rotary-base", "lora-alpha", "switch-descent-rate")
 BETAS = ("adam-beta1", "adam-beta2")
 CHOICES = ("lr-decay-style", "recompute-granularity", "fold-residual", "lora-init", "switch-schedule", "switch-order")
+TEXTS = ("method", "save", "load", "output-dir", "data-path", "tokenizer-model", "preset", "lora-target", "ds-config")
 BAD = [
     *[(name, value) for name in AT_LEAST_ONE for value in ("0", "-3", "1.5", "many", "")],
     *[(name, value) for name in AT_LEAST_ZERO for value in ("-1", "0.5", "none")],
@@ -229,6 +231,7 @@ BAD = [
     *[(name, value) for name in BETAS for value in ("1", "1.5", "-0.1", "nan", "most")],
     *[(name, value) for name in CHOICES for value in ("", "wrong", "a\nb")],
     *[(f"{kind}-model-parallel-size", value) for kind in ("tensor", "pipeline") for value in ("0", "2", "two")],
+    *[(name, value) for name in TEXTS for value in ("", " ")],
     ("bf16", "yes"), ("no-bf16", "1"), ("offload-candidates", "no"), ("method", "wrong"), ("preset", "llama_8b"),
 ]  # fmt: skip
 
@@ -247,6 +250,15 @@ def test_a_bad_value_names_its_flag(name: str, value: str) -> None:
         ("--min-lr 2e-3", "--min-lr 0.002 0.001"),
         ("--load auto", "--load --save"),
         ("--save-interval 5", "--save-interval --save"),
+        ("--keep-last 5", "--keep-last --save"),
+        ("--wandb-name x", "--wandb-name --wandb-project"),
+        ("--wandb-mode offline", "--wandb-mode --wandb-project"),
+        ("--profile-ranks 1", "--profile-ranks --profile-steps"),
+        ("--profile-steps 1000:1001", "--profile-steps 1000:1001 --train-iters 1000"),
+        ("--train-data-path x --split 1,1,1", "--split --train-data-path 1,1,1"),
+        ("--lr-decay-style constant --min-lr 1e-4", "--min-lr constant"),
+        ("--lr-decay-style constant --lr-decay-iters 9", "--lr-decay-iters constant"),
+        ("--switch-schedule constant --switch-descent-rate 0.2", "--switch-descent-rate constant"),
         ("--num-attention-heads 3", "--hidden-size --num-attention-heads 128 3"),
         ("--num-query-groups 3", "--num-attention-heads --num-query-groups 4 3"),
         ("--num-attention-heads 128", "--hidden-size --num-attention-heads"),
@@ -270,6 +282,8 @@ def test_values_that_do_not_go_together_name_both_flags(words: str, parts: str) 
         "--load auto --save x",
         "--load x",
         "--adam-beta1 0 --adam-beta2 0.9999 --adam-eps 0 --weight-decay 0 --clip-grad 0 --seed 0 --keep-last 0",
+        "--keep-last 1 --save x --wandb-mode offline --wandb-project x --train-data-path x",
+        "--profile-steps 999:1001 --profile-ranks 1 --lr-decay-style constant --switch-schedule constant",
         "--num-attention-heads 64 --num-query-groups 1 --lora-rank 1 --lora-alpha 1e-3",
         "--eval-interval 0 --eval-iters 0 --max-skipped-steps 0 --train-iters 1 --exit-interval 1 --log-interval 1",
     ],

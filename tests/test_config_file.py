@@ -57,6 +57,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values out of range are taken, so that every field can be set to something else than its default."""
     for cls in (*SECTIONS.values(), *CONFIGS.values()):
         monkeypatch.setattr(cls, "check", lambda self: None)
+    monkeypatch.setattr("megalowrank.cli._check_profile", lambda diagnostics, train: None)
 
 
 def another(item: Flag) -> Any:
@@ -181,6 +182,15 @@ def test_run_json_with_another_method(with_file: Write) -> None:
     assert "method_config.switch_interval" in message and "with switchlora" in message
 
 
+def test_run_json_of_a_warm_started_run_is_resumed_by_load_auto(with_file: Write) -> None:
+    run = earlier_run("lora", "zero2.json", *WORDS, "--load", "full", "--finetune", "--save", "x")[0]
+    again, resumed = with_file(run, name="run.json"), with_file(run, "--load", "auto", name="run.json")
+    assert (again.output.load, again.output.finetune) == ("full", True)
+    assert (resumed.output.load, resumed.output.finetune) == ("auto", False)
+    assert any("--load auto resumes" in note for note in resumed.notes)
+    assert "--finetune needs --load" in refusal(with_file, run, "--load", "auto", "--finetune", name="run.json")
+
+
 def test_facts_of_a_run_are_no_settings(with_file: Write) -> None:
     for key in ("world_size", "unigram_loss", "bytes_per_token"):
         message = refusal(with_file, {key: 3}, name="run.json")
@@ -221,6 +231,10 @@ def test_facts_of_a_run_are_no_settings(with_file: Write) -> None:
         ("load: \"a\\0b\"", "load; text"),
         ("lr_decay_style: sine", "lr_decay_style; constant, linear, cosine"),
         ("lora_target: []", "lora_target; empty"),
+        ("data_path: [a, '']", "data_path; empty"),
+        ("save: ' '", "save; empty"),
+        ("method: ''", "method; empty"),
+        ("ds_config: ''", "ds_config; not usable; a path"),
         ("lora_target: [[q]]", "lora_target; list of words"),
         ("method: 3", "method; got 3"),
         ("method: wrong", "--method is unknown"),

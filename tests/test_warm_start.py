@@ -43,6 +43,8 @@ def test_relora_goes_on_from_full_rank_weights(trained: Path, tiny_corpus: TinyC
     assert sum(line["merges"] for line in training(tmp_path / "warm")) == 2
     assert 0.85 < last["zeroed_exp_avg"] == last["zeroed_exp_avg_sq"] < 0.95
     rates = {line["step"] - 1: line["lr"] for line in training(tmp_path / "warm")}
+    resumed = succeed([*launcher, PROGRAM, *flags(tiny_corpus, RELORA, "zero3"), *warm])
+    assert f"resumed at update {ITERS}" in resumed, "the same command goes on with what it began"
     assert rates[0] == 0.0 and rates[4] > 0 and min(rates.values()) == 0.0
 
 
@@ -74,6 +76,8 @@ def test_what_cannot_be_a_start(trained: Path, tiny_corpus: TinyCorpus, tmp_path
     cases = [
         (["--finetune"], "--finetune needs --load"),
         (["--finetune", "--load", "auto", "--save", str(tmp_path / "x")], "--finetune needs --load"),
+        ([*load, "--save", str(trained)], "would overwrite its run"),
+        ([*load[:-1], str(trained / f"step_{ITERS:08d}"), "--save", str(trained)], "would overwrite its run"),
         ([*load, "--num-layers", "3"], "lacks layers.2."),
         ([*load, "--num-layers", "1"], "a weight that the model lacks: layers.1."),
         ([*load, "--ffn-hidden-size", "56"], "has another shape"),
@@ -82,4 +86,6 @@ def test_what_cannot_be_a_start(trained: Path, tiny_corpus: TinyCorpus, tmp_path
     found = run_ranks("tests.front_door_cases:refusals", 1, [[*base, *more] for more, _ in cases], tmp_path)[0]
     for (_, named), message in zip(cases, found, strict=True):
         assert named in message and len(message.splitlines()) == 1, (named, message)
+    again = run_ranks("tests.front_door_cases:refusals", 1, [[*base, "--save", str(trained)]], tmp_path)[0]
+    assert "--save has checkpoints of an earlier run" in again[0] and "--load auto" in again[0]
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()

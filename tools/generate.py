@@ -9,6 +9,7 @@ which is enough to look at what a model has learned. Serving is for the converte
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -34,7 +35,8 @@ def load_model(saved: SavedWeights, device: torch.device) -> BuiltModel:
 
     A process group of one has to exist.
     """
-    config, length = saved.model_config(), int(saved.run["train"]["seq_length"])
+    config = dataclasses.replace(saved.model_config(), norm_impl="torch")
+    length = int(saved.run["train"]["seq_length"])
     model = build_model(config, FullRank(FullRankConfig()), length=length, seed=0, initial=saved.read)
     saved.check_covered({tensor.name for tensor in model.tensors})
     model.module.to(device).eval()
@@ -82,9 +84,19 @@ def check(args: argparse.Namespace) -> None:
         ("top-k", args.top_k, ">= 0", args.top_k >= 0),
         ("top-p", args.top_p, "0 < p <= 1", 0.0 < args.top_p <= 1.0),
         ("num-samples", args.num_samples, ">= 1", args.num_samples >= 1),
+        ("seed", args.seed, "0 <= seed < 2^63", 0 <= args.seed < 2**63),
     ):
         if not fine:
             raise ConfigError(f"--{name} is out of range", value, allowed)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that is named; ConfigError if it is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0][:100]
+        raise ConfigError("--device cannot be used", f"{name}: {reason}", "cpu, or cuda with a GPU") from None
 
 
 def tokenizer_of(saved: SavedWeights, given: str | None) -> Tokenizer:
@@ -113,11 +125,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     check(args)
+    device = device_of(args.device)
     saved = SavedWeights.open(args.checkpoint)
     tokenizer = tokenizer_of(saved, args.tokenizer_model)
     with tempfile.TemporaryDirectory() as folder:
         initialize_single_process(str(Path(folder) / "store"))
-        model = load_model(saved, torch.device(args.device))
+        model = load_model(saved, device)
     source = torch.Generator().manual_seed(args.seed)
     length = int(saved.run["train"]["seq_length"])
     for number in range(args.num_samples):

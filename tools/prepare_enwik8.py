@@ -41,7 +41,7 @@ def prepare_enwik8(out: Path, cache: Path, vocab_size: int, tokenizer: str | Non
         start = _report(f"text: {text}", start)
     sources: list[Source] = [JsonLines(str(text))]
     if tokenizer is None:
-        trained_tokenizer(sources, model, vocab_size, _SAMPLE_CHARACTERS)
+        trained_tokenizer(sources, model, vocab_size, _SAMPLE_CHARACTERS, overwrite=True)
         start = _report(f"tokenizer: {vocab_size} pieces", start)
     origin = {"archive": ENWIK8.filename, "sha256": ENWIK8.sha256, "recipe": _RECIPE}
     line = ProgressLine(10.0)

@@ -20,11 +20,14 @@ if importlib.util.find_spec("megalowrank") is None:
 
 from megalowrank.data.hub import HubDataset, SavedDataset, is_saved_dataset
 from megalowrank.data.manifest import load_manifest
-from megalowrank.data.preprocess import PART_BYTES, Job, preprocess
+from megalowrank.data.preprocess import PART_BYTES, Job, errors_of_files, preprocess
 from megalowrank.data.progress import ProgressLine
-from megalowrank.data.sources import SAMPLE_BY, Source, file_sources
+from megalowrank.data.sources import SAMPLE_BY, PlainText, Source, file_sources
 from megalowrank.data.train_tokenizer import trained_tokenizer
 from megalowrank.errors import ConfigError, run_main
+
+_SAMPLE_MB, _SMALLEST = 20.0, 1e-6
+_ENDINGS = (".bin", ".idx", ".sizes", ".json", ".model", ".model.json")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,13 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--dataset", metavar="NAME", help="dataset on the hub, streamed, e.g. allenai/c4")
     text.add_argument("--dataset-config", metavar="NAME", help="its configuration, e.g. en")
-    text.add_argument("--dataset-split", default="train", metavar="NAME", help="its split (default: train)")
+    text.add_argument("--dataset-split", metavar="NAME", help="its split, or that of a saved one (default: train)")
     text.add_argument("--dataset-revision", metavar="COMMIT", help="commit, tag or branch (default: the newest commit)")
+    text.add_argument("--json-keys", nargs="+", metavar="KEY", help="member or column that is the text (default: text)")
     text.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="member or column (default: text)"
-    )
-    text.add_argument(
-        "--sample-by", choices=SAMPLE_BY, default="document", help="documents of plain text (default: a file)"
+        "--sample-by", choices=SAMPLE_BY, help="what a document of plain text is (default: document, a whole file)"
     )
     tokens = parser.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer-model", metavar="PATH", help="sentencepiece file, Hugging Face folder or name")
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument(
         "--vocab-size", type=int, metavar="N", help="train a tokenizer of N pieces: OUTPUT_PREFIX.model"
     )
-    tokens.add_argument("--tokenizer-sample-mb", type=float, default=20.0, metavar="MB", help="text it is trained on")
+    tokens.add_argument("--tokenizer-sample-mb", type=float, metavar="MB", help="text it is trained on (default: 20)")
     tokens.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -78,16 +79,42 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     """Where the documents come from; ConfigError for none, both or several keys."""
     if bool(args.input) == bool(args.dataset):
         raise ConfigError("one of --input and --dataset is needed", "both" if args.input else "neither")
-    if len(args.json_keys) != 1:
-        raise ConfigError("--json-keys takes one key", " ".join(args.json_keys), "one run for each key")
-    key = args.json_keys[0]
-    if args.dataset:
-        return [HubDataset.pin(args.dataset, args.dataset_config, args.dataset_split, args.dataset_revision, key)]
+    keys, split, sample_by = args.json_keys or ["text"], args.dataset_split or "train", args.sample_by or "document"
+    if len(keys) != 1:
+        raise ConfigError("--json-keys takes one key", " ".join(keys), "one run for each key")
     found: list[Source] = []
+    if args.dataset:
+        found = [HubDataset.pin(args.dataset, args.dataset_config, split, args.dataset_revision, keys[0])]
     for path in args.input:
         saved = is_saved_dataset(path)
-        found += [SavedDataset(path, args.dataset_split, key)] if saved else file_sources(path, key, args.sample_by)
+        found += [SavedDataset(path, split, keys[0])] if saved else file_sources(path, keys[0], sample_by)
+    _refuse_idle(args, found)
     return found
+
+
+def _refuse_idle(args: argparse.Namespace, sources: Sequence[Source]) -> None:
+    """ConfigError for a flag that says nothing about any of the sources."""
+    kinds = {type(source) for source in sources}
+    for name, owners, needed in (
+        ("dataset_config", {HubDataset}, "--dataset"),
+        ("dataset_revision", {HubDataset}, "--dataset"),
+        ("dataset_split", {HubDataset, SavedDataset}, "--dataset, or an --input of save_to_disk"),
+        ("json_keys", kinds - {PlainText}, "text that has members or columns"),
+        ("sample_by", {PlainText}, "plain text"),
+    ):
+        if getattr(args, name) is not None and not kinds & owners:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+
+def _check_prefix(prefix: str, sources: Sequence[Source]) -> None:
+    """The results have a name, and it is no input's."""
+    if Path(f"{prefix}.bin").name == ".bin":
+        raise ConfigError("--output-prefix ends with a folder", prefix, "a path and the beginning of a file name")
+    results = {os.path.realpath(f"{prefix}{ending}") for ending in _ENDINGS}
+    for source in sources:
+        path = source.describe().get("path")
+        if path is not None and os.path.realpath(path) in results:
+            raise ConfigError(f"--output-prefix would overwrite the input {path}", prefix, "another prefix")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,14 +123,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.output_prefix:
         raise ConfigError("--output-prefix is missing", None, "a path without ending")
     for name in ("part_mb", "tokenizer_sample_mb", "log_interval"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is out of range", getattr(args, name), "> 0")
+        value = getattr(args, name)
+        if value is not None and not _SMALLEST <= value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is out of range", value, f">= {_SMALLEST:g}, finite")
     if (args.tokenizer_model is None) == (args.vocab_size is None):
         raise ConfigError("one of --tokenizer-model and --vocab-size (to train one) is needed")
+    if args.tokenizer_sample_mb is not None and args.vocab_size is None:
+        raise ConfigError("--tokenizer-sample-mb has no effect without --vocab-size")
     sources, model = sources_of(args), args.tokenizer_model
+    _check_prefix(args.output_prefix, sources)
     if model is None:
-        model = f"{args.output_prefix}.model"
-        trained_tokenizer(sources, model, args.vocab_size, int(args.tokenizer_sample_mb * 1e6))
+        model, characters = f"{args.output_prefix}.model", int((args.tokenizer_sample_mb or _SAMPLE_MB) * 1e6)
+        with errors_of_files(args.output_prefix):
+            trained_tokenizer(sources, model, args.vocab_size, characters, args.overwrite)
     job = Job(
         sources, args.output_prefix, model, args.tokenizer_type, args.append_eod, int(args.part_mb * 1e6), args.workers
     )

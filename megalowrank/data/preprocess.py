@@ -69,7 +69,7 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda state: No
     """
     if job.workers < 1:
         raise ConfigError("--workers is out of range", job.workers, ">= 1")
-    with _errors_of_files():
+    with errors_of_files(job.prefix):
         source, state = _plan(job)
         if _is_complete(job, source):
             shutil.rmtree(job.folder, ignore_errors=True)
@@ -182,9 +182,10 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_of_files() -> Iterator[None]:
+def errors_of_files(prefix: str) -> Iterator[None]:
+    """Errors of the system as ConfigError; one that names no file is of those at ``prefix``."""
     try:
         yield
     except OSError as error:
-        where = os.fspath(error.filename) if error.filename else "a file"
+        where = os.fspath(error.filename) if error.filename else f"the files of {prefix}"
         raise ConfigError(f"cannot read or write {where}", error.strerror or error) from None

@@ -30,6 +30,9 @@ class Instruments:
         profiled = config.profiled()
         if (profiled is not None or config.memory_snapshot) and folder is None:
             raise ConfigError("--profile-steps and --memory-snapshot need --output-dir or --save, where they write")
+        absent = [rank for rank in config.ranks() if rank >= groups.world]
+        if profiled is not None and absent:
+            raise ConfigError("--profile-ranks names a rank that is not there", absent[0], f"< {groups.world}")
         if config.memory_snapshot and device.type != "cuda":
             raise ConfigError("--memory-snapshot records the allocator of an NVIDIA GPU", f"device {device.type}")
         self.folder = Path() if folder is None else folder / "profile"

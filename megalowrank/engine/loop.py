@@ -116,7 +116,7 @@ class Loop:
             self.position.step += 1
             self.progress.advance()
             return result
-        self.metrics.write({"step": step, "skipped": self.position.skipped, "loss": float(result.loss)})
+        self.metrics.write({"step": step + 1, "skipped": self.position.skipped, "loss": float(result.loss)})
         if self.position.skipped > self.train.max_skipped_steps:
             raise TrainingError(
                 f"{self.position.skipped} updates were skipped because loss or gradient was not finite "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megalowrank.checkpoint.io import Checkpoint, find_auto, save_checkpoint
 from megalowrank.checkpoint.shards import RunTensors
+from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.config import ModelConfig, OutputConfig
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
@@ -104,6 +105,28 @@ class RunState:
                         self.run[section].get(key),
                         saved[section].get(key),
                     )
+
+
+def starting_point(output: OutputConfig, groups: Groups) -> tuple[OutputConfig, SavedWeights | None]:
+    """What to resume, and the weights to start from instead of drawn ones.
+
+    With ``--finetune`` the checkpoint that ``--save`` already has, else the weights of ``--load``: the same command
+    starts a run and, after an interruption, goes on with it. Every rank calls it. Raises ConfigError for a damaged
+    checkpoint, and for a new run in a folder that has checkpoints of another.
+    """
+    if output.load is not None and not output.finetune:
+        return output, None
+    begun = from_first_rank(lambda: "yes" * _has_checkpoint(output), groups.data, groups.rank)
+    if begun and not output.finetune:
+        raise ConfigError("--save has checkpoints of an earlier run", output.save, "--load auto, or another folder")
+    if begun or not output.finetune:
+        return replace(output, load="auto" if begun else None), None
+    path = from_first_rank(lambda: str(Checkpoint.open(Path(output.load or ".")).path), groups.data, groups.rank)
+    return replace(output, load=None), SavedWeights(Checkpoint.open(Path(path), verify=False))
+
+
+def _has_checkpoint(output: OutputConfig) -> bool:
+    return output.save is not None and find_auto(Path(output.save)) != (None, ())
 
 
 def _find(output: OutputConfig) -> str:

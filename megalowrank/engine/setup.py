@@ -22,10 +22,10 @@ from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
 from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.loop import Loop, Position
-from megalowrank.engine.metrics import Progress
+from megalowrank.engine.metrics import Progress, replace_text
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.report import Report
-from megalowrank.engine.resume import RunState
+from megalowrank.engine.resume import RunState, starting_point
 from megalowrank.engine.schedule import restart_warnings, with_restarts
 from megalowrank.engine.trackers import open_trackers
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
@@ -56,13 +56,14 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
         )
     resolved = dsconfig.resolve(config.ds_config, config.train, config.given, world, model_config.hidden_size or 0)
     method = METHODS[resolved.train.method](config.method_config)
+    check_precision(resolved.train)
     train = with_restarts(resolved.train, method.restart_interval())
     resolved = dataclasses.replace(resolved, train=train)
     corpus = open_corpus(config.data, train, model_config.vocab_size or 0, resolved.global_batch_size)
     initialize_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     groups = initialize_groups(config.parallel)
-    saved = SavedWeights.open(Path(config.output.load or ".")) if config.output.finetune else None
-    model = build_model(build, model_config, train, method, saved)
+    source, weights = starting_point(config.output, groups)
+    model = build_model(build, model_config, train, method, weights)
     model.warnings += restart_warnings(train, method.restart_interval())
     engine = ZeroEngine(model.module, model.layers, make_optimizer(model.module, train), resolved.deepspeed, groups)
     allocate = host_allocator(resolved.pin_host_memory)
@@ -73,11 +74,13 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups.data_rank), groups, run)
-    position = Position() if config.output.finetune else state.load(config.output)
+    position = state.load(source)
     report = Report(model_config, train, model, engine, method, resolved, groups)
     loop = assemble(config, resolved, corpus, ctx, method, engine, report, position, run)
     loop.save = state.saver(config.output)
     say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
+    if position.step >= train.train_iters:
+        say(rank, f"nothing to train: --train-iters {train.train_iters} are done")
     if config.diagnostics.dry_run:
         loop.close()
         say(rank, "dry run: nothing was trained and nothing was written")
@@ -92,6 +95,12 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
         say(rank, "\n".join([report.end(evaluation, corpus), *loop.instruments.summary()]))
     engine.close()
     torch.distributed.destroy_process_group()
+
+
+def check_precision(train: TrainConfig) -> None:
+    """Refuse a residual for weights that are not rounded."""
+    if train.fold_residual != TrainConfig.fold_residual and not train.bf16:
+        raise ConfigError("--fold-residual has no effect without bf16", train.fold_residual)
 
 
 def say(rank: int, text: str) -> None:
@@ -210,6 +219,6 @@ def write_run(folder: Path | None, run: dict[str, Any]) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     except OSError as error:
         raise ConfigError("cannot write the output folder", f"{folder}: {error.strerror}") from None
+    replace_text(folder / "run.json", json.dumps(run, indent=1) + "\n")

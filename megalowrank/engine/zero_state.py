@@ -1,6 +1,6 @@
 """Where DeepSpeed keeps masters, moments and weights: the only file that reads its private attributes.
 
-Pinned to deepspeed 0.19.8; ``tests/engine/test_zero_state.py`` is the canary.
+Pinned to deepspeed 0.19.8; ``tests/engine/test_equality.py`` is the canary.
 
 | optimizer               | when          | flat masters                        | where a parameter lies      |
 |-------------------------|---------------|-------------------------------------|-----------------------------|
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from megalowrank.engine.arena import flatten_in_place, whole_partition
@@ -129,6 +130,7 @@ def _stage_1_and_2(zero: Any, factors: Factors) -> ZeroLayout:
 
 
 def _stage_3(zero: Any, factors: Factors) -> ZeroLayout:
+    """``zero.device`` is that of the masters, which may be offloaded; the forward pass runs on the accelerator."""
     partitions = []
     for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
         fragments = []
@@ -138,7 +140,8 @@ def _stage_3(zero: Any, factors: Factors) -> ZeroLayout:
             if numel > 0:
                 fragments.append(Fragment(parameter, int(offset), start, numel))
         partitions.append(FlatPartition(flat.data, [(flat, 0)], fragments))
-    return ZeroLayout(partitions, ShardedForwardCopy(factors, zero.dtype, zero.device), True)
+    forward = ShardedForwardCopy(factors, zero.dtype, get_accelerator().current_device_name())
+    return ZeroLayout(partitions, forward, True)
 
 
 def _flat_copy(factors: Factors, flat: torch.Tensor) -> FlatForwardCopy:

@@ -103,8 +103,8 @@ class ConfigFile:
             value = float(value)
         if flag.kind is list:
             value = [str(item) for item in value]
-            if not value:
-                raise self._error(setting.key, "is empty", None, "at least one word")
+        if flag.kind in (list, str) and not all(word.strip() for word in _words(value)):
+            raise self._error(setting.key, "is empty", None, "at least one word")
         if flag.choices and value not in flag.choices:
             raise self._error(setting.key, "is unknown", shown(value), ", ".join(map(str, flag.choices)))
         return value
@@ -117,6 +117,11 @@ _WANTED = {
     str: "text (quote it if it looks like a number)",
     list: "a list of words",
 }
+
+
+def _words(value: str | list[str]) -> list[str]:
+    """The words of a value; one empty word where there are none."""
+    return [value] if isinstance(value, str) else value or [""]
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -179,7 +184,7 @@ def _set_deepspeed(file: ConfigFile, name: str, value: Any, earlier_run: bool) -
         return
     if name == "deepspeed" and not isinstance(value, dict):
         raise file._error(name, "is not usable", shown(value), "the object itself (a path goes under ds_config)")
-    if name != "deepspeed" and not _fits(value, str):
+    if name != "deepspeed" and not (_fits(value, str) and value.strip()):
         raise file._error(name, "is not usable", shown(value), "a path (the object itself goes under deepspeed)")
     if file.deepspeed is not None:
         raise file._error(name, "is a second DeepSpeed configuration", None, "one of ds_config and deepspeed")

@@ -88,7 +88,8 @@ class FoldedWeight:
         """Rows [row_start, row_start + M) of W += scale · u_KMᵀ v_KN; local, no communication."""
         columns, piece = self.in_features, self.locate()
         whole = piece.flat.numel() == self.out_features * columns
-        if whole and self.residual is None and piece.flat.dtype == u_KM.dtype:
+        alike = piece.flat.dtype == u_KM.dtype and piece.flat.device == u_KM.device
+        if whole and self.residual is None and alike:
             rows = piece.flat.view(-1, columns)[row_start : row_start + u_KM.shape[1]]
             rows.addmm_(u_KM.t(), v_KN, alpha=scale)
         else:

@@ -57,8 +57,8 @@ def prune(state: OptimizerStateView, rule: Pruning, seed: int, step: int) -> dic
 def _prune_small(piece: MomentPiece, rule: Pruning, limits: list[torch.Tensor]) -> None:
     keep = piece.exp_avg.abs() > limits[0].to(piece.exp_avg.device)
     keep_sq = keep if rule.shared else piece.exp_avg_sq.abs() > limits[1].to(piece.exp_avg.device)
-    piece.exp_avg.mul_(keep)
-    piece.exp_avg_sq.mul_(keep_sq)
+    piece.exp_avg.masked_fill_(~keep, 0.0)
+    piece.exp_avg_sq.masked_fill_(~keep_sq, 0.0)
 
 
 def _prune_random(piece: MomentPiece, rule: Pruning, seed: int, step: int, factor: int) -> None:
@@ -69,8 +69,8 @@ def _prune_random(piece: MomentPiece, rule: Pruning, seed: int, step: int, facto
         elements = np.arange(piece.start + begin, piece.start + end)
         for name, stream in zip(MOMENTS, streams, strict=True):
             values = getattr(piece, name)[begin:end]
-            keep = uniform(seed, stream, np.array([factor]), elements)[0] > rule.share
-            values.mul_(torch.from_numpy(keep).to(values.device))
+            pruned = uniform(seed, stream, np.array([factor]), elements)[0] <= rule.share
+            values.masked_fill_(torch.from_numpy(pruned).to(values.device), 0.0)
 
 
 def _thresholds(state: OptimizerStateView, rule: Pruning) -> list[torch.Tensor]:

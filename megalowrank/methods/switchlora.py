@@ -57,6 +57,8 @@ class SwitchLoRAConfig(LoRAConfig):
         at_least("switch-freeze-steps", self.switch_freeze_steps, 0)
         if not self.switch_descent_rate > 0:
             raise ConfigError("--switch-descent-rate is out of range", self.switch_descent_rate, "> 0")
+        if self.switch_schedule == "constant" and self.switch_descent_rate != SwitchLoRAConfig.switch_descent_rate:
+            raise ConfigError("--switch-descent-rate has no effect with --switch-schedule constant")
         if self.switch_interval < 2 * self.switch_freeze_steps:
             raise ConfigError(
                 "--switch-interval is shorter than twice --switch-freeze-steps",

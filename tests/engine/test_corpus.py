@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_a_blend_draws_from_every_training_split(tiny_corpus: TinyCorpus, second
     counts = Counter(next(k for k in (0, 1) if row.tobytes() in allowed[k]) for row in rows)
     assert counts[0] == 1500 and counts[1] == 500
     assert np.array_equal(corpus.train.micro_batch(3, 0, 8, 0, 1).numpy(), rows[24:32])
+
+
+def test_the_order_of_every_part_depends_on_the_seed(tiny_corpus: TinyCorpus, second: str) -> None:
+    words = ("3", str(tiny_corpus.prefix), "1", second)
+    streams = [
+        open_corpus(config(*words), replace(TRAIN, seed=seed), 320, 8).train.rows(np.arange(400)) for seed in (5, 5, 6)
+    ]
+    assert np.array_equal(streams[0], streams[1])
+    same = (streams[0] == streams[2]).all(1)
+    assert same.sum() < 20, "of either part hardly a sample stays in its place"
 
 
 def test_figures_of_a_blend_are_those_of_its_mixture(tiny_corpus: TinyCorpus, second: str) -> None:

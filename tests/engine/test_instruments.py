@@ -76,5 +76,7 @@ def test_what_cannot_be_recorded_here(tmp_path: Path) -> None:
     snapshot = DiagnosticsConfig(profile_steps="1:2", memory_snapshot=True)
     with pytest.raises(ConfigError, match="an NVIDIA GPU; got device cpu"):
         Instruments(snapshot, tmp_path, groups, CPU)
+    with pytest.raises(ConfigError, match="--profile-ranks names a rank that is not there; got 1; allowed: < 1"):
+        Instruments(DiagnosticsConfig(profile_steps="1:2", profile_ranks=["0", "1"]), tmp_path, groups, CPU)
     with pytest.raises(ConfigError, match="need --output-dir"):
         Instruments(DiagnosticsConfig(profile_steps="1:2"), None, groups, CPU)

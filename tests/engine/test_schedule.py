@@ -38,6 +38,12 @@ def test_an_offset_moves_every_restart_and_the_first_climbs_too() -> None:
     assert rate(19, lr_restart_offset=30) == 0.95 and rate(50, lr_restart_offset=30) == rate(80)
 
 
+def test_after_the_decay_nothing_restarts() -> None:
+    ended = {"train_iters": 600, "lr_decay_iters": 400}
+    assert [rate(step, **ended) for step in range(400)] == [rate(step) for step in range(400)]
+    assert {rate(step, **ended) for step in range(400, 600)} == {0.1}
+
+
 def test_without_a_climb_it_is_one_cosine() -> None:
     smooth = replace(JAGGED, lr_decay_style="cosine", lr_restart_interval=None, lr_restart_warmup_iters=0)
     steps = range(400)

@@ -160,6 +160,16 @@ def test_the_forward_pass_reads_the_rounded_weight() -> None:
     assert not torch.equal(folded.parameter.data.float().view(-1), folded.value())
 
 
+def test_vectors_on_another_device_than_w_go_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W in host memory (offload_param), vectors on the accelerator; the meta device stands for it."""
+    by_pieces: list[torch.device] = []
+    monkeypatch.setattr(FoldedWeight, "_add_piece", lambda self, piece, row, u, v, s: by_pieces.append(u.device))
+    weight = FoldedWeight(torch.nn.Parameter(torch.zeros(6, 4), requires_grad=False))
+    for device in ("cpu", "meta"):
+        weight.add(0, torch.ones(2, 6, device=device), torch.ones(2, 4, device=device), 0.5)
+    assert by_pieces == [torch.device("meta")] and float(weight.value().min()) == 1.0
+
+
 # ---------------------------------------------------------------- drift
 
 SIZE, RANK, INTERVAL, DRIFT_STEPS = 256, 64, 10, 400

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import megalowrank.lowrank.prune as prune_module
 from megalowrank.errors import TrainingError
 from megalowrank.lowrank.prune import MOMENTS, Pruning, prune, quantiles
 from megalowrank.lowrank.state import FlatForwardCopy, FlatPartition, Fragment, OptimizerStateView
@@ -69,16 +70,30 @@ def test_random_masks_have_the_right_share_and_depend_on_the_step() -> None:
                      for name in MOMENTS}  # fmt: skip
             assert all(float(mask.float().mean()) == pytest.approx(0.2, abs=0.05) for mask in masks.values())
             assert torch.equal(*masks.values()) == shared
+            first, other = (view.moments(f)[0].exp_avg[:200] != 0 for f in (0, 3))
+            assert not torch.equal(first, other), "factors have masks of their own"
             kept[step, shared] = masks["exp_avg"]
     assert not torch.equal(kept[3, True], kept[4, True])
 
 
-def test_a_prune_that_does_nothing_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What public ports do: 0.00 % zeroed, and nobody notices."""
+def test_random_masks_do_not_depend_on_how_much_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = []
+    for chunk in (1 << 20, 7):
+        monkeypatch.setattr(prune_module, "_CHUNK", chunk)
+        views.append(view_of(moments_of(2, False, torch.float32), 0, 1, torch.float32))
+        prune(views[-1], Pruning("random", 0.8, False), 7, 3)
+    for name in MOMENTS:
+        assert torch.equal(*(getattr(view.partitions[0], name) for view in views))
+
+
+@pytest.mark.parametrize("spared", [MOMENTS, MOMENTS[:1], MOMENTS[1:]])
+def test_a_prune_that_does_nothing_ends_the_run(spared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What public ports do: 0.00 % zeroed, and nobody notices; for one moment or for both."""
     view = view_of(moments_of(0, False, torch.float32), 0, 1, torch.float32)
     original = view.moments
-    copies: Any = lambda factor: [type(p)(p.start, p.exp_avg.clone(), p.exp_avg_sq.clone()) for p in original(factor)]  # noqa: E731
-    monkeypatch.setattr(view, "moments", copies)
+    monkeypatch.setattr(
+        view, "moments", lambda f: [replace(p, **{n: getattr(p, n).clone() for n in spared}) for p in original(f)]
+    )
     for how in ("zero", "random", "magnitude"):
         with pytest.raises(TrainingError, match="not pruned at step 9"):
             prune(view, Pruning(how, 1.0 if how == "zero" else 0.5), 0, 9)

@@ -95,6 +95,41 @@ def test_masters_are_merged_not_their_bfloat16_copies() -> None:
     assert torch.equal(masters[id(layer.A)].bfloat16(), layer.A.data) and not masters[id(layer.Bt)].any()
 
 
+def test_new_masters_are_what_the_forward_pass_sees() -> None:
+    """Drawn B is taken out of W as rounded to bfloat16, so that the function is kept."""
+    method, model, engine, ctx = start(low=True, lora_init="switchlora", relora_interval=3, relora_reset="none")
+    advance(method, engine, ctx, 0, 4)
+    method.before_step(4, ctx)
+    masters = {id(p): m.data for p, m in zip(engine._parameters, engine._masters, strict=True)}
+    for layer in model.layers:
+        for factor in (layer.A, layer.Bt):
+            assert factor.any() and torch.equal(masters[id(factor)], factor.data.float())
+
+
+def masks_of(model: BuiltModel, engine: DenseEngine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which elements of exp_avg and of exp_avg_sq are left, over all factors."""
+    moments = [piece for f in range(2 * len(model.layers)) for piece in engine.state.moments(f)]
+    return torch.cat([p.exp_avg != 0 for p in moments]), torch.cat([p.exp_avg_sq != 0 for p in moments])
+
+
+@pytest.mark.parametrize("reset", ["random", "magnitude"])
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_a_merge_prunes_nine_tenths_with_one_mask_or_two(reset: str, masks: str) -> None:
+    flags = {"relora_interval": 3, "relora_reset": reset, "relora_masks": masks, "relora_prune_ratio": None}
+    method, model, engine, ctx = start(**flags)
+    left = []
+    for first, last in ((0, 4), (4, 7)):
+        advance(method, engine, ctx, first, last)
+        method.before_step(last, ctx)
+        left.append(masks_of(model, engine))
+        assert torch.equal(*left[-1]) == (masks == "shared")
+        counted = method.counters()
+        for name, mask in zip(("exp_avg", "exp_avg_sq"), left[-1], strict=True):
+            assert counted[f"zeroed_{name}"] == pytest.approx(0.9, abs=0.03)
+            assert counted[f"zeroed_{name}"] == pytest.approx(1.0 - float(mask.float().mean()), abs=1e-6)
+    assert not torch.equal(left[0][0], left[1][0]), "the second merge draws a mask of its own"
+
+
 def test_nothing_low_rank_learns_from_zeros_until_the_first_merge() -> None:
     method, model, engine, ctx = start(lora_init="zero", relora_interval=3, relora_reset="zero")
     advance(method, engine, ctx, 0, 4)

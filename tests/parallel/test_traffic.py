@@ -10,7 +10,7 @@ from tests.harness import run_ranks
 def test_known_collectives(tmp_path: Path) -> None:
     expected = {
         "world: all-reduce": [2, 4 * 10 + 4 * 5],
-        "world: all-gather": [1, 4 * 10 * 3],
+        "world: all-gather": [2, 4 * 10 * 3 * (1 + 2)],
         "world: broadcast": [1, 8 * 10],
     }
     first, second, third = run_ranks("tests.parallel.traffic_cases:count", 3, None, tmp_path)

@@ -1,4 +1,4 @@
-"""Ranks of test_traffic: known collectives, in two groups and from a backward hook."""
+"""Ranks of test_traffic: known collectives, in two groups, several as one and from a backward hook."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from megalowrank.parallel.traffic import Traffic
 
@@ -23,6 +24,9 @@ def count(payload: Any) -> dict[str, list[int]]:
         dist.all_reduce(numbers, group=alone)
         dist.all_gather([torch.empty(10) for _ in range(world)], numbers)
         dist.broadcast(numbers.double(), 0)
+        with _coalescing_manager():  # as DeepSpeed gathers the parameters of a module under ZeRO-3
+            for gathered in torch.empty(2, 10 * world).unbind():
+                dist.all_gather_into_tensor(gathered, numbers)
         if rank < 2:
             dist.all_reduce(torch.ones(3, dtype=torch.bfloat16), group=pair)
         hooked = torch.ones(5, requires_grad=True)

@@ -16,13 +16,13 @@ from megalowrank.models.architecture import LLAMA_FAMILIES, completed
 from megalowrank.models.build import build_llama
 from megalowrank.parallel.groups import initialize_single_process
 from tests.models.hugging_face import hugging_face
-from tools.generate import check, choose, continue_text
+from tools.generate import check, choose, continue_text, device_of
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, vocab_size=60,
     init_method_std=0.3,
 )  # fmt: skip
-ARGS = argparse.Namespace(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, num_samples=1)
+ARGS = argparse.Namespace(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, num_samples=1, seed=0)
 
 
 class Letters:
@@ -79,8 +79,17 @@ def test_draws_have_the_right_frequencies(temperature: float, top_k: int, top_p:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_k", -1), ("max_new_tokens", 0), ("num_samples", 0)]
-)
+    ("name", "value"),
+    [("temperature", -1.0), ("top_p", 0.0), ("top_k", -1), ("max_new_tokens", 0), ("num_samples", 0), ("seed", -1),
+     ("seed", 2**63)],
+)  # fmt: skip
 def test_values_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is out of range"):
         check(argparse.Namespace(**{**vars(ARGS), name: value}))
+
+
+def test_a_device_that_is_not_there() -> None:
+    assert device_of("cpu").type == "cpu"
+    for name in ("gpu", "", "cpu:x", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ConfigError, match="--device cannot be used"):
+            device_of(name)

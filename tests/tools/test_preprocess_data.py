@@ -97,6 +97,7 @@ def mistakes(folder: Path, tokenizer: str, good: list[str]) -> list[tuple[list[s
     (folder / "array.json").write_text('[{"text": "a"}]')
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "x.csv").write_text("a")
+    (folder / "text.txt").write_text("a")
     (folder / "empty.jsonl").write_text("")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
     (folder / "not.parquet").write_text("x" * 100)
@@ -122,9 +123,18 @@ def mistakes(folder: Path, tokenizer: str, good: list[str]) -> list[tuple[list[s
         ([*good, *model, *out, "--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-type is not supported"),
         ([*good, *model, *out, "--workers", "0"], "--workers"),
         ([*good, *model, *out, "--part-mb", "nan"], "--part-mb"),
+        ([*good, *model, *out, "--part-mb", "1e-9"], "--part-mb"),
+        ([*good, *model, *out, "--log-interval", "0"], "--log-interval"),
         ([*good, *model, *out, "--split-sentences"], "--split-sentences"),
         ([*good, *model, *out, "--sample-by", "word"], "--sample-by"),
         ([*good, *model, "--output-prefix", str(folder / "x.csv" / "x")], "x.csv"),
+        ([*good, *model, "--output-prefix", str(folder / "out") + "/"], "--output-prefix ends with a folder"),
+        ([*good, *model, *out, "--dataset-config", "en"], "--dataset-config has no effect"),
+        ([*good, *model, *out, "--dataset-revision", "main"], "--dataset-revision has no effect"),
+        ([*good, *model, *out, "--dataset-split", "dev"], "--dataset-split has no effect"),
+        ([*good, *model, *out, "--sample-by", "line"], "--sample-by has no effect"),
+        (["--input", str(folder / "text.txt"), *model, *out, "--json-keys", "a"], "--json-keys has no effect"),
+        ([*good, *model, *out, "--tokenizer-sample-mb", "1"], "--tokenizer-sample-mb has no effect"),
         (["--dataset", str(folder / "out"), "--dataset-split", "dev", *model, *out], "out"),
     ]
 
@@ -138,6 +148,30 @@ def test_mistakes_are_one_line_and_leave_no_result(
         assert named in str(caught.value) and "\n" not in str(caught.value), flags
         left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
         assert left <= {"x.parts"}, (flags, left)
+
+
+def test_no_input_is_overwritten(tool: ModuleType, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
+    text = tmp_path / "x.json"
+    text.write_text('{"text": "a"}\n')
+    flags = ["--tokenizer-model", str(tiny_corpus.tokenizer), "--output-prefix", str(tmp_path / "x"), "--overwrite"]
+    with pytest.raises(ConfigError, match="would overwrite the input"):
+        tool.main(["--input", str(text), *flags])
+    assert text.read_text() == '{"text": "a"}\n' and list(tmp_path.iterdir()) == [text]
+
+
+def test_a_tokenizer_that_is_there_is_replaced_only_if_wanted(
+    tool: ModuleType, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    flags = [*inputs["jsonl"], "--output-prefix", str(tmp_path / "x"), "--workers", "1", "--vocab-size"]
+    tool.main([*flags, "300"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="x.model is there, made from something else.*--overwrite"):
+        tool.main([*flags, "310"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    tool.main([*flags, "310", "--overwrite"])
+    assert (load_manifest(tmp_path / "x") or {})["vocab_size"] == 310 and before.keys() == set(
+        path.name for path in tmp_path.iterdir()
+    )
 
 
 def test_the_program_prints_one_line_and_leaves_with_2(tmp_path: Path) -> None:
