@@ -5,7 +5,7 @@
 
 llama_9m, sequences of 256, batch 16, warm-up 20, one rank. Each method gets two learning rates at the first seed; the
 better one is used for the other seeds. Finished runs are kept, so that a broken benchmark goes on where it stopped.
-Prints a table and one JSON line, and writes both into the output folder.
+Prints a table and one JSON line, and writes both and a picture into the output folder.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 if importlib.util.find_spec("megalowrank") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import megalowrank.quiet  # noqa: F401 - first: it sets filters before the libraries are imported
 from megalowrank.config import ModelConfig
 from megalowrank.engine.metrics import read_metrics
 from megalowrank.errors import TrainingError, run_main
@@ -44,6 +45,7 @@ RUNS: dict[str, tuple[str, tuple[str, str]]] = {
         ("2e-3", "5e-3"),
     ),
 }
+TOKENS = 16 * 256
 SHAPE = (
     "--preset llama_9m --seq-length 256 --micro-batch-size 16 --global-batch-size 16 --lr-warmup-iters 20 "
     "--split 99,1,0 --eval-interval 100 --eval-iters 40 --log-interval 20 --ds-config ds_configs/zero1.json"
@@ -113,6 +115,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(found: dict[str, list[Path]], picture: Path) -> None:
+    """Held-out loss over tokens, one line a seed, one colour a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    for number, (name, folders) in enumerate(found.items()):
+        for seed, folder in enumerate(folders):
+            lines = [line for line in read_metrics(folder / "metrics.jsonl") if "eval_loss" in line]
+            millions = [line["step"] * TOKENS / 1e6 for line in lines]
+            label = name if not seed else None
+            axes.plot(millions, [line["eval_loss"] for line in lines], "o-", ms=3, color=f"C{number}", label=label)
+    axes.set(xlabel="million tokens", ylabel="held-out loss (nats per token)", title="enwik8, llama_9m, r = 16")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     """Train everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,13 +144,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iters", type=int, default=400, help="updates of 4096 tokens")
     args = parser.parse_args()
-    results = {}
+    results, runs = {}, {}
     for name in args.methods:
         rates = RUNS[name][1]
         tried = {lr: train(args.out, name, lr, args.seeds[0], args) for lr in rates}
         best = min(tried, key=lambda lr: held_out(tried[lr]))
         folders = [train(args.out, name, best, seed, args) for seed in args.seeds]
-        results[name] = {"lr": best, **summary(folders)}
+        results[name], runs[name] = {"lr": best, **summary(folders)}, folders
+    draw(runs, args.out / "held_out.png")
     text = table(results)
     (args.out / "table.md").write_text(text + "\n")
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
