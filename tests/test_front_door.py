@@ -46,7 +46,9 @@ PROMISED = {
     "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time_ms", "method_time_ms",
     "memory_bytes", "skipped", "switched_vectors",
 }  # fmt: skip
-OF_THE_MACHINE = {"tokens_per_second", "step_time_ms", "method_time_ms", "memory_bytes", "tflops_per_rank"}
+OF_THE_MACHINE = {
+    "tokens_per_second", "step_time_ms", "method_time_ms", "data_time_ms", "memory_bytes", "tflops_per_rank",
+}  # fmt: skip
 
 
 def flags_of(corpus: TinyCorpus, ds_config: str = "zero2") -> list[str]:

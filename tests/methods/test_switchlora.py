@@ -36,9 +36,10 @@ def random_setting(number: int) -> tuple[list[tuple[int, int, int]], dict[str, A
     freeze = int(source.integers(0, 4))
     interval = int(source.integers(max(2 * freeze, 1), 2 * freeze + 4))
     schedule = ("exponential", "sigmoid", "constant")[number % 3]
+    descent = float(source.uniform(0.3, 2.0))
     return shapes, {
         "switch_freeze_steps": freeze, "switch_interval": interval, "switch_schedule": schedule,
-        "switch_descent_rate": float(source.uniform(0.3, 2.0)),
+        "switch_descent_rate": SwitchLoRAConfig.switch_descent_rate if schedule == "constant" else descent,
     }  # fmt: skip
 
 
