@@ -69,6 +69,7 @@ def parse(argv: Sequence[str], method_configs: Mapping[str, type], program: str)
         raise unknown_name("--method is unknown", _short(method), method_configs)
     classes = {**SECTIONS, METHOD_SECTION: method_configs[method]}
     parser = build_parser(classes, program, method)
+    parser.epilog = f"methods: {', '.join(method_configs)}"
     known, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse(unknown[0], parser, method, method_configs)

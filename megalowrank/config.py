@@ -109,7 +109,7 @@ class ModelConfig:
 class TrainConfig:
     """Length, batch, optimizer and schedule of a run."""
 
-    method: str = flag("switchlora", "what is trained, and how: full, lora, switchlora or relora")
+    method: str = flag("switchlora", "what is trained, and how")
     seq_length: int = flag(512, "length of a sample", unit="tokens")
     micro_batch_size: int | None = flag(None, "samples of one forward pass on one rank")
     global_batch_size: int | None = flag(None, "samples of one update over all ranks")

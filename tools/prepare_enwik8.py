@@ -15,7 +15,7 @@ if importlib.util.find_spec("megalowrank") is None:
 from megalowrank.data.enwik8 import ENWIK8, enwik8_articles, write_jsonl
 from megalowrank.data.manifest import load_manifest
 from megalowrank.data.preprocess import Job, preprocess
-from megalowrank.data.progress import ProgressLine
+from megalowrank.data.progress import ProgressLine, report
 from megalowrank.data.sources import JsonLines, Source
 from megalowrank.data.train_tokenizer import trained_tokenizer
 from megalowrank.errors import ConfigError, run_main
@@ -38,11 +38,11 @@ def prepare_enwik8(out: Path, cache: Path, vocab_size: int, tokenizer: str | Non
     start = time.monotonic()
     if not text.is_file():
         write_jsonl(text, enwik8_articles(cache))
-        start = _report(f"text: {text}", start)
+        start = report(f"text: {text}", start)
     sources: list[Source] = [JsonLines(str(text))]
     if tokenizer is None:
         trained_tokenizer(sources, model, vocab_size, _SAMPLE_CHARACTERS, overwrite=True)
-        start = _report(f"tokenizer: {vocab_size} pieces", start)
+        start = report(f"tokenizer: {vocab_size} pieces", start)
     origin = {"archive": ENWIK8.filename, "sha256": ENWIK8.sha256, "recipe": _RECIPE}
     line = ProgressLine(10.0)
     job = Job(sources, str(out / "enwik8"), model, part_bytes=_PART_BYTES, workers=workers, source=origin)
@@ -50,14 +50,8 @@ def prepare_enwik8(out: Path, cache: Path, vocab_size: int, tokenizer: str | Non
     line.close()
     made = load_manifest(job.prefix) or {}
     ratio = made["bytes"] / made["tokens"]
-    _report(f"tokens: {made['documents']} documents, {made['tokens']} tokens, {ratio:.3f} bytes per token", start)
+    report(f"tokens: {made['documents']} documents, {made['tokens']} tokens, {ratio:.3f} bytes per token", start)
     print(f"use with: --data-path {job.prefix} --tokenizer-model {model}")
-
-
-def _report(line: str, start: float) -> float:
-    now = time.monotonic()
-    print(f"{line}, {now - start:.1f} s", flush=True)
-    return now
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ if importlib.util.find_spec("megalowrank") is None:
 from megalowrank.data.archive import Archive
 from megalowrank.data.manifest import load_manifest
 from megalowrank.data.prepare import prepare
+from megalowrank.data.progress import report
 from megalowrank.data.sample_text import SHAKESPEARE, sample_documents
 from megalowrank.data.tokenizers import train_tokenizer
 from megalowrank.data.tokens import TokenFile
@@ -55,18 +56,12 @@ def _make(prefix: Path, tokenizer: Path, vocab_size: int, cache: Path, archive: 
     start = time.monotonic()
     documents = sample_documents(cache, archive)
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
-    start = _report(f"text: {len(documents)} documents, {megabytes:.2f} MB", start)
+    start = report(f"text: {len(documents)} documents, {megabytes:.2f} MB", start)
     train_tokenizer(documents, tokenizer, vocab_size)
-    start = _report(f"tokenizer: {vocab_size} pieces", start)
+    start = report(f"tokenizer: {vocab_size} pieces", start)
     manifest = prepare(documents, prefix, tokenizer, source)
     ratio = manifest["bytes"] / manifest["tokens"]
-    _report(f"tokens: {manifest['tokens']} tokens, {ratio:.3f} bytes per token", start)
-
-
-def _report(line: str, start: float) -> float:
-    now = time.monotonic()
-    print(f"{line}, {now - start:.1f} s", flush=True)
-    return now
+    report(f"tokens: {manifest['tokens']} tokens, {ratio:.3f} bytes per token", start)
 
 
 def main() -> None:

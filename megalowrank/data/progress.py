@@ -12,6 +12,13 @@ from megalowrank.data.parts import Progress
 _FORMAT = "{percentage:3.0f}% {bar} {desc}"
 
 
+def report(line: str, start: float) -> float:
+    """Print what was done since ``start`` (monotonic seconds) and how long it took; returns the time now."""
+    now = time.monotonic()
+    print(f"{line}, {now - start:.1f} s", flush=True)
+    return now
+
+
 class ProgressLine:
     """Prints parts, MB of text, MB/s and the time left to stderr, every ``interval`` seconds if it is no terminal."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
+from megalowrank.data.files import write_whole
 from megalowrank.errors import ConfigError
 
 
@@ -93,13 +93,8 @@ class MetricsWriter:
 
 def replace_text(path: Path, text: str) -> None:
     """Give a file this content, all at once or not at all; ConfigError if that cannot be done."""
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 

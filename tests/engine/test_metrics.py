@@ -97,7 +97,7 @@ def test_a_failed_truncation_leaves_the_file(tmp_path: Path, monkeypatch: pytest
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(metrics.os, name, refuse)
+            patch.setattr(os, name, refuse)
             with pytest.raises(ConfigError, match="No space left"):
                 writer.truncate_from(2)
         assert path.read_bytes() == before
