@@ -34,7 +34,7 @@ from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distr
 from megalowrank.errors import run_main
 from megalowrank.methods import METHODS
 from megalowrank.methods.base import Context
-from megalowrank.models.accounting import flops_per_token, peak_flops
+from megalowrank.models.accounting.flops import flops_per_token, peak_flops
 from megalowrank.models.build import build_llama
 from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import initialize_groups

@@ -28,7 +28,10 @@ from megalowrank.config import ModelConfig
 from megalowrank.engine.metrics import read_metrics
 from megalowrank.errors import TrainingError, run_main
 from megalowrank.methods import method_class
-from megalowrank.models.accounting import Layout, count_parameters, human, predicted_bytes
+from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.memory import predicted_bytes
+from megalowrank.models.accounting.parameters import count_parameters
+from megalowrank.models.accounting.table import human
 
 ROOT = Path(__file__).resolve().parents[1]
 # flags and the two learning rates
@@ -82,7 +85,7 @@ def summary(folders: list[Path]) -> dict[str, Any]:
     method = kind(kind.config_class(**run["method_config"]))
     model, adapters = ModelConfig(**run["model"]), method.adapters()
     count = count_parameters(model, adapters)
-    rows = predicted_bytes(model, adapters, Layout(stage=1, bf16=False, candidates=method.candidates()))
+    rows = predicted_bytes(model, adapters, Layout(zero=1, bf16=False, candidates=method.candidates()))
     speeds = [line["tokens_per_second"] for f in folders for line in read_metrics(f / "metrics.jsonl") if "lr" in line]
     losses = [held_out(folder) for folder in folders]
     return {

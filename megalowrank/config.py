@@ -169,16 +169,34 @@ class TrainConfig:
 class ParallelConfig:
     """How the model is laid out over ranks."""
 
-    tensor_model_parallel_size: int = flag(1, "tensor-parallel degree (only 1 is built)")
-    pipeline_model_parallel_size: int = flag(1, "pipeline-parallel degree (only 1 is built)")
+    tensor_model_parallel_size: int = flag(1, "ranks that share every layer: tensor-parallel degree")
+    pipeline_model_parallel_size: int = flag(1, "stages that share the layers: pipeline-parallel degree")
+    sequence_parallel: bool = flag(False, "split activations between linears by position over tensor-parallel ranks")
+    lowrank_schedule: str = flag(
+        "auto",
+        "how low-rank products cross tensor-parallel ranks: within the layer's own collective (ride), repeated on each "
+        "with a reduction of the gradient (partial), or whichever costs less (auto)",
+        choices=("auto", "ride", "partial"),
+    )
+    replica_check_interval: int = flag(
+        1000, "updates between comparisons of what ranks hold alike; 0: never", unit="updates"
+    )
     distributed_timeout_minutes: int = flag(30, "how long a collective may take", unit="minutes")
 
     def check(self) -> None:
-        """Refuse by name what is not built."""
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is not supported yet", getattr(self, name), 1)
+        """Ranges, and flags that need tensor parallelism."""
+        at_least("tensor-model-parallel-size", self.tensor_model_parallel_size, 1)
+        at_least("pipeline-model-parallel-size", self.pipeline_model_parallel_size, 1)
+        at_least("replica-check-interval", self.replica_check_interval, 0)
         at_least("distributed-timeout-minutes", self.distributed_timeout_minutes, 1)
+        if self.tensor_model_parallel_size == 1:
+            if self.sequence_parallel:
+                raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1", 1)
+            if self.lowrank_schedule != "auto":
+                raise ConfigError(
+                    "--lowrank-schedule has no effect without --tensor-model-parallel-size above 1",
+                    self.lowrank_schedule,
+                )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from megalowrank.config import ModelConfig
 from megalowrank.engine.dsconfig import resolve
 from megalowrank.errors import ConfigError, TrainingError, nearest, run_main
 from megalowrank.methods import METHODS, method_class
-from megalowrank.models.accounting import count_parameters
+from megalowrank.models.accounting.parameters import count_parameters
 from megalowrank.models.presets import LLAMA, apply_preset
 
 CONFIGS = {name: method.config_class for name, method in METHODS.items()}
@@ -230,7 +230,7 @@ BAD = [
     *[(name, value) for name in ("lr", "rotary-base", "lora-alpha") for value in ("inf",)],
     *[(name, value) for name in BETAS for value in ("1", "1.5", "-0.1", "nan", "most")],
     *[(name, value) for name in CHOICES for value in ("", "wrong", "a\nb")],
-    *[(f"{kind}-model-parallel-size", value) for kind in ("tensor", "pipeline") for value in ("0", "2", "two")],
+    *[(f"{kind}-model-parallel-size", value) for kind in ("tensor", "pipeline") for value in ("0", "-1", "two")],
     *[(name, value) for name in TEXTS for value in ("", " ")],
     ("bf16", "yes"), ("no-bf16", "1"), ("offload-candidates", "no"), ("method", "wrong"), ("preset", "llama_8b"),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ ZeRO fragment as a range of a logical tensor. So files do not depend on the layo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,51 +21,76 @@ import numpy as np
 import torch
 
 from megalowrank.checkpoint.io import Checkpoint
-from megalowrank.checkpoint.pieces import Piece, full_box
+from megalowrank.checkpoint.pieces import DTYPES, Box, Flat, Piece, box_numel
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import folded_weights
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.state import FlatPartition, OptimizerStateView
-from megalowrank.methods.base import Method
+from megalowrank.methods.base import Method, SavedTensor
 from megalowrank.models.build import BuiltModel, LogicalTensor
+from megalowrank.parallel.collectives import gather_texts
+from megalowrank.parallel.groups import Groups
+from megalowrank.parallel.partition import Share
 
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, start + storage.numel()) of a logical tensor: ``storage`` is a live 1-D view."""
+    """Elements ``flat`` of ``box`` of a logical tensor, in ``storage``, a live 1-D view.
+
+    ``kept`` are the elements of ``storage`` that are not padding; None: as many as ``flat`` has, from the first.
+    ``tensor`` is the logical tensor on this rank.
+    """
 
     name: str
-    shape: tuple[int, ...]
-    start: int
+    tensor: LogicalTensor
+    box: Box
+    flat: Flat
     storage: torch.Tensor
+    kept: torch.Tensor | None
+
+    def values(self) -> torch.Tensor:
+        """The elements without padding."""
+        return self.storage[: self.flat[1] - self.flat[0]] if self.kept is None else self.storage[self.kept]
+
+    def fill(self, values: torch.Tensor) -> None:
+        """Overwrite them; padding stays."""
+        if self.kept is None:
+            self.storage[: values.numel()].copy_(values)
+        else:
+            self.storage[self.kept] = values.to(self.storage.device, self.storage.dtype)
 
 
 class RunTensors:
     """The tensors of a run on this rank, for saving and for loading."""
 
-    def __init__(self, model: BuiltModel, state: OptimizerStateView, method: Method, data_rank: int) -> None:
-        self.model, self.state, self.method, self.data_rank = model, state, method, data_rank
+    def __init__(self, model: BuiltModel, state: OptimizerStateView, method: Method, groups: Groups) -> None:
+        self.model, self.state, self.method, self.groups = model, state, method, groups
         self._by_parameter: dict[int, list[LogicalTensor]] = {}
         for tensor in model.tensors:
             self._by_parameter.setdefault(id(tensor.parameter), []).append(tensor)
 
     def pieces(self) -> list[Piece]:
-        """What this rank writes; a tensor that every rank holds is written by the first one."""
-        first = self.data_rank == 0
-        found = [_piece(part) for part in self._optimizer_parts() if self.state.masters_sharded or first]
-        found += [_piece(part) for part, whole in self._weight_parts() if first or not whole]
+        """What this rank writes; of a tensor that several ranks hold, the first one writes it."""
+        first = self.groups.data_rank == 0
+        parts = [part for part in self._optimizer_parts() if self.state.masters_sharded or first]
+        parts += [part for part, whole in self._weight_parts() if first or not whole]
+        found = [_piece(part) for part in parts if self._writes(part.tensor)]
         for saved in self.method.saved_tensors():
-            if saved.rows.numel():
-                found.append(Piece.rows(f"pool/{saved.name}", saved.shape, saved.first, saved.step, saved.rows))
-        if first:
+            if saved.rows.numel() and (saved.columns.padded < saved.columns.size or self.groups.tensor_rank == 0):
+                found.append(_pool_piece(saved))
+        if first and self.groups.tensor_rank == 0:
             found += [Piece.whole(name, torch.from_numpy(births)) for name, births in self._clocks()]
         return found
 
-    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Global shape and type of every tensor that a checkpoint of this run has; the same on all ranks."""
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    def _writes(self, tensor: LogicalTensor) -> bool:
+        return not tensor.replica and (tensor.split or self.groups.tensor_rank == 0)
+
+    def expected(self) -> Expected:
+        """Global shape and type of every tensor of this stage that a checkpoint of this run has."""
+        found: Expected = {
             f"pool/{saved.name}": (saved.shape, saved.rows.dtype) for saved in self.method.saved_tensors()
         }
         found.update({name: (births.shape, torch.int64) for name, births in self._clocks()})
@@ -84,38 +110,30 @@ class RunTensors:
 
         Every rank calls it; the engine's ``reload`` has to follow.
         """
-        self._check(checkpoint)
+        check_tensors(checkpoint, self._expected_of_all_stages())
         for part in self._optimizer_parts():
-            _fill(part, checkpoint)
+            part.fill(checkpoint.read(part.name, part.box, part.flat))
         for part, _ in self._weight_parts():
-            _fill(part, checkpoint)
+            part.fill(checkpoint.read(part.name, part.box, part.flat))
         for folded in self._folded():
             folded.update_mirror()
         for saved in self.method.saved_tensors():
             if saved.rows.numel():
-                box = ((saved.first, saved.shape[0], saved.step), (0, saved.shape[1], 1))
-                saved.rows.view(-1).copy_(checkpoint.read(f"pool/{saved.name}", box))
+                values = checkpoint.read(f"pool/{saved.name}", _pool_box(saved))
+                saved.rows[:, : saved.columns.real].copy_(values.view(len(saved.rows), -1))
         births = self.state.clocks.births.copy()
         for name, position in zip((name for name, _ in self._clocks()), self.state.clocks.first, strict=True):
-            values = checkpoint.read(name).numpy()
-            births[position : position + len(values)] = values
+            saved_births = checkpoint.read(name).numpy()
+            births[position : position + len(saved_births)] = saved_births
         self.state.clocks.load(births)
 
-    def _check(self, checkpoint: Checkpoint) -> None:
-        """Compare all names, shapes and types, whatever this rank holds of them, so that no rank goes on alone."""
-        expected, present = self.expected(), set(checkpoint.names())
-        for problem, names in (("lacks", expected.keys() - present), ("has a surplus", present - expected.keys())):
-            if names:
-                raise ConfigError(
-                    f"the checkpoint {checkpoint.path.name} {problem} tensor {sorted(names)[0]}",
-                    f"{len(names)} such tensors",
-                    "a checkpoint of the same model, method, rank and precision",
-                )
-        for name, (shape, dtype) in expected.items():
-            if tuple(checkpoint.shape(name)) != tuple(shape):
-                raise ConfigError(f"{name} in the checkpoint has another shape", checkpoint.shape(name), tuple(shape))
-            if checkpoint.dtype(name) != dtype:
-                raise ConfigError(f"{name} in the checkpoint has another precision", checkpoint.dtype(name), dtype)
+    def _expected_of_all_stages(self) -> Expected:
+        """``expected`` of the whole model; every rank calls it and gets the same."""
+        own = {name: (shape, str(dtype).removeprefix("torch.")) for name, (shape, dtype) in self.expected().items()}
+        found: Expected = {}
+        for text in gather_texts(json.dumps(own), self.groups.pipe):
+            found.update({name: (tuple(shape), DTYPES[dtype]) for name, (shape, dtype) in json.loads(text).items()})
+        return found
 
     def set_updates(self, updates: int) -> None:
         """Tell every partition how many optimizer steps it has taken."""
@@ -145,7 +163,7 @@ class RunTensors:
                 yield from _overlap(kind, tensor, stored, fragment.start)
 
     def _weight_parts(self) -> Iterator[tuple[Part, bool]]:
-        """Parts of frozen weights, and whether every rank holds the whole weight."""
+        """Parts of frozen weights, and whether every data-parallel rank holds the same."""
         for folded in self._folded():
             piece = folded.locate()
             whole = piece.flat.numel() == folded.out_features * folded.in_features
@@ -160,18 +178,65 @@ class RunTensors:
             yield from _overlap(kind, tensor, flat, start)
 
 
+def check_tensors(checkpoint: Checkpoint, expected: Expected) -> None:
+    """Raise ConfigError unless names, shapes and types are those expected.
+
+    Given the tensors of all stages it does the same on all ranks, so that none goes on alone.
+    """
+    present = set(checkpoint.names())
+    for problem, names in (("lacks", expected.keys() - present), ("has a surplus", present - expected.keys())):
+        if names:
+            raise ConfigError(
+                f"the checkpoint {checkpoint.path.name} {problem} tensor {sorted(names)[0]}",
+                f"{len(names)} such tensors",
+                "a checkpoint of the same model, method, rank and precision",
+            )
+    for name, (shape, dtype) in expected.items():
+        if tuple(checkpoint.shape(name)) != tuple(shape):
+            raise ConfigError(f"{name} in the checkpoint has another shape", checkpoint.shape(name), tuple(shape))
+        if checkpoint.dtype(name) != dtype:
+            raise ConfigError(f"{name} in the checkpoint has another precision", checkpoint.dtype(name), dtype)
+
+
 def _overlap(kind: str, tensor: LogicalTensor, stored: torch.Tensor, start: int) -> Iterator[Part]:
-    """The part of ``tensor`` in ``stored``, which holds elements [start, …) of its parameter."""
+    """The part of ``tensor`` in ``stored``, which holds elements [start, …) of its parameter, if it is not empty."""
     low = max(start, tensor.start)
-    high = min(start + stored.numel(), tensor.start + torch.Size(tensor.shape).numel())
-    if low < high:
-        yield Part(f"{kind}/{tensor.name}", tensor.shape, low - tensor.start, stored[low - start : high - start])
+    high = min(start + stored.numel(), tensor.start + tensor.numel)
+    if low >= high:
+        return
+    inside = (low - tensor.start, high - tensor.start)
+    flat = _real_before(tensor.shares, inside[0]), _real_before(tensor.shares, inside[1])
+    if flat[0] < flat[1]:
+        box = tuple((part.start, part.stop, 1) for part in tensor.shares)
+        storage = stored[low - start : high - start]
+        yield Part(f"{kind}/{tensor.name}", tensor, box, flat, storage, _kept(tensor.shares, inside, storage.device))
+
+
+def _real_before(shares: tuple[Share, ...], index: int) -> int:
+    """How many of the first ``index`` elements of a padded row-major block are not padding."""
+    rows, columns = shares[0], shares[1] if len(shares) == 2 else Share(1, 0, 1, 1)
+    row, column = divmod(index, columns.padded)
+    return min(row, rows.real) * columns.real + (min(column, columns.real) if row < rows.real else 0)
+
+
+def _kept(shares: tuple[Share, ...], inside: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+    """The elements [begin, end) of the block that are not padding, counted from ``begin``; None if they come first."""
+    if len(shares) == 1 or shares[1].real == shares[1].padded:
+        return None
+    index = torch.arange(*inside, device=device)
+    real = (index % shares[1].padded < shares[1].real) & (index // shares[1].padded < shares[0].real)
+    return torch.nonzero(real)[:, 0]
 
 
 def _piece(part: Part) -> Piece:
-    return Piece.fragment(part.name, part.shape, part.start, part.storage)
+    return Piece(part.name, part.tensor.shape, part.box, part.flat, part.values().detach())
 
 
-def _fill(part: Part, checkpoint: Checkpoint) -> None:
-    flat = (part.start, part.start + part.storage.numel())
-    part.storage.copy_(checkpoint.read(part.name, full_box(part.shape), flat))
+def _pool_box(saved: SavedTensor) -> Box:
+    slots = saved.shape[0]
+    return (min(saved.first, slots), slots, saved.step), (saved.columns.start, saved.columns.stop, 1)
+
+
+def _pool_piece(saved: SavedTensor) -> Piece:
+    box, rows = _pool_box(saved), saved.rows[:, : saved.columns.real]
+    return Piece(f"pool/{saved.name}", saved.shape, box, (0, box_numel(box)), rows.reshape(-1))

@@ -13,6 +13,7 @@ from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.fold import join_residual
 from megalowrank.methods import method_class
+from megalowrank.parallel.collectives import gather_texts
 
 _FACTORS = (".A", ".B")
 
@@ -70,9 +71,13 @@ class SavedWeights:
         A, Bt = (self.checkpoint.read(f"master/{matrix}{side}") for side in _FACTORS)
         return value.addmm(Bt.view(-1, value.shape[0]).t(), A.view(-1, value.shape[1]), alpha=self._scale)
 
-    def check_covered(self, wanted: set[str]) -> None:
-        """Raise ConfigError if the checkpoint has weights that nobody wants: it is of another model."""
-        surplus = sorted(self.names - wanted)
+    def check_covered(self, wanted: set[str], stages: Any = None) -> None:
+        """Raise ConfigError if the checkpoint has weights that nobody wants: it is of another model.
+
+        ``wanted`` by this rank, or by any rank of the group ``stages``, all of which then call it.
+        """
+        everywhere = {name for text in gather_texts("\n".join(wanted), stages) for name in text.split("\n")}
+        surplus = sorted(self.names - everywhere)
         if surplus:
             raise ConfigError(
                 f"the checkpoint {self.checkpoint.path.name} has a weight that the model lacks: {surplus[0]}",

@@ -1,4 +1,4 @@
-"""An engine without DeepSpeed: one process, whole tensors, any precision.
+"""An engine without DeepSpeed: no data parallelism, whole tensors (or those of a tensor-parallel rank), any precision.
 
 The reference that the sharded engines are tested against, and the way to study a method in a notebook.
 """
@@ -13,13 +13,8 @@ import torch
 from megalowrank.engine.arena import flatten_in_place, whole_partition
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.lowrank.factors import LowRankFactors
-from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView
-
-
-def factor_parameters(layers: Sequence[LowRankFactors]) -> list[torch.nn.Parameter]:
-    """A and Bᵀ of every matrix, in the order that vector sets count them."""
-    return [parameter for layer in layers for parameter in (layer.A, layer.Bt)]
+from megalowrank.lowrank.factors import LowRankFactors, factor_parameters
+from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView, Spread
 
 
 def flat_forward_copy(factors: Sequence[torch.nn.Parameter], flat: torch.Tensor) -> FlatForwardCopy:
@@ -33,7 +28,12 @@ class DenseEngine:
     """Plain training of ``module``; with bfloat16 parameters the masters are float32."""
 
     def __init__(
-        self, module: torch.nn.Module, layers: Sequence[LowRankFactors], optimizer: VectorClockAdamW, clip_grad: float
+        self,
+        module: torch.nn.Module,
+        layers: Sequence[LowRankFactors],
+        optimizer: VectorClockAdamW,
+        clip_grad: float,
+        spread: Spread | None = None,
     ) -> None:
         self.module, self.optimizer, self.group = module, optimizer, None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -49,7 +49,7 @@ class DenseEngine:
         flat = flatten_in_place(parameters)[0] if self._low else partitions[0].master
         factors = factor_parameters(layers)
         forward = flat_forward_copy(factors, flat)
-        self.state = OptimizerStateView(factors, partitions, forward, None, masters_sharded=False)
+        self.state = OptimizerStateView(factors, partitions, forward, None, masters_sharded=False, spread=spread)
         optimizer.bind(partitions, self.state.clocks, factors)
         optimizer.guard, optimizer.clip_grad = True, clip_grad
 
@@ -76,10 +76,11 @@ class DenseEngine:
         return StepResult(total, float("nan") if norm is None else norm, self.optimizer.step_applied)
 
     @torch.no_grad()
-    def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:
-        """Mean loss of one micro-batch."""
+    def eval_step(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean loss of micro-batches on this rank."""
         self.module.eval()
-        return self.module(micro_batch)
+        losses = [self.module(batch) for batch in micro_batches]
+        return torch.stack(losses).double().mean()
 
     def end_evaluation(self) -> None:
         """Nothing is gathered."""

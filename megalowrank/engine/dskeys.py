@@ -225,7 +225,10 @@ TOP_LEVEL: Table = {
     "data_types": Refused("gradients accumulate in the type of the forward pass, masters and moments are fp32"),
     "torch_autocast": Refused("the model runs in one type; use bf16", switch=True),
     "bfloat16": Refused("write bf16"),
-    "pipeline": Refused("pipeline parallelism is set by --pipeline-model-parallel-size"),
+    "pipeline": Refused(
+        "pipeline parallelism is set by --pipeline-model-parallel-size, recomputation by --recompute-granularity; "
+        "activations are never partitioned, which would be wrong with --sequence-parallel"
+    ),
     "tensor_parallel": Refused("tensor parallelism is set by --tensor-model-parallel-size"),
     "expert_parallel": Refused("the model has no experts", switch=True),
     "use_data_before_expert_parallelism": Only(False, "the model has no experts"),

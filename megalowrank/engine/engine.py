@@ -33,8 +33,11 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
         """Forward and backward of all micro-batches [b, S + 1], one update at learning rate ``lr``."""
 
-    def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:
-        """Mean loss of one micro-batch on this rank, without gradients."""
+    def eval_step(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean loss of micro-batches [b, S + 1] without gradients, a scalar on this rank.
+
+        Averaged over data-parallel ranks, by the caller, it is that of all; a pipeline has done so already.
+        """
 
     def end_evaluation(self) -> None:
         """Called after the last ``eval_step`` of an evaluation."""

@@ -16,6 +16,7 @@ from megalowrank.data.sampler import GlobalBatches
 from megalowrank.engine.engine import Engine, StepResult
 from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.metrics import Progress, Sink
+from megalowrank.engine.replicas import ReplicaCheck
 from megalowrank.engine.schedule import learning_rate
 from megalowrank.engine.timing import Stopwatch
 from megalowrank.errors import TrainingError
@@ -38,7 +39,7 @@ class Position:
 
 @dataclass
 class Loop:
-    """Everything one run needs. ``save`` writes a checkpoint at the current position; all ranks call it."""
+    """Everything one run needs. ``save`` writes a checkpoint at the current position; all ``ranks`` call it."""
 
     engine: Engine
     method: Method
@@ -56,6 +57,8 @@ class Loop:
     instruments: Instruments
     memory: Callable[[], int]
     save: Callable[[Position], None]
+    check: ReplicaCheck
+    ranks: int
     bytes_per_token: float | None
     flops_per_token: float
     peak_flops: float | None
@@ -78,6 +81,8 @@ class Loop:
             if not result.applied:
                 continue
             self._log(result, self.position.step == last)
+            if self.check.due(self.position.step):
+                self.check.run(self.position.step)
             if self._due(self.data.eval_interval) and self.position.step < last:
                 self.evaluate()
             if self._due(self.output.save_interval):
@@ -144,7 +149,7 @@ class Loop:
             "data_time_ms": 1000.0 * (self.batches.waited - self._waited) / updates,
             "memory_bytes": self.memory(),
             "skipped": self.position.skipped,
-            "tflops_per_rank": rate * self.flops_per_token / self.ctx.data_size / 1e12,
+            "tflops_per_rank": rate * self.flops_per_token / self.ranks / 1e12,
             **self.method.counters(),
             **self.instruments.counters(),
         }
@@ -166,10 +171,12 @@ class Loop:
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         batches = min(self.data.eval_iters, max(samples.batches_per_epoch, 1))
         for batch in range(batches):
-            for i in range(self.accumulation):
-                total += self.engine.eval_step(samples.micro_batch(batch, i, self.micro_batch_size, *ranks))
+            size = self.micro_batch_size
+            total += self.engine.eval_step(
+                [samples.micro_batch(batch, i, size, *ranks) for i in range(self.accumulation)]
+            )
         self.engine.end_evaluation()
-        loss = float(mean_over(total, self.engine.group)) / (batches * self.accumulation)
+        loss = float(mean_over(total, self.engine.group)) / batches
         found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
         if self.bytes_per_token is not None:
             found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token

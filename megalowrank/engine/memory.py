@@ -11,7 +11,8 @@ import torch
 
 from megalowrank.lowrank.factors import LowRankFactors, folded_weights
 from megalowrank.methods.base import Method
-from megalowrank.models.accounting import Bytes, human
+from megalowrank.models.accounting.memory import Bytes
+from megalowrank.models.accounting.table import human
 
 
 def measured_bytes(engine: Any, method: Method, layers: Sequence[LowRankFactors]) -> dict[str, int]:

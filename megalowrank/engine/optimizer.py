@@ -9,7 +9,7 @@ Source: AdamW, Loshchilov and Hutter 2019, alg. 2; the clock of a vector is upda
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,12 +75,23 @@ class _Tails:
             flat.index_copy_(0, self.here, scratch.index_select(0, self.there))
 
 
+def gradients_of(owners: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of those of ``owners`` that have one."""
+    return [p.grad for p in owners if p.grad is not None]
+
+
+def norm_of_all(owners: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The norm of the gradients of ``owners``, which are all there are."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients_of(owners))))
+
+
 class VectorClockAdamW(torch.optim.Optimizer):
     """A client optimizer for DeepSpeed, and a plain one.
 
     Until ``bind`` it takes no step (DeepSpeed steps once with zero gradients while it builds some of
-    its optimizers). With ``guard`` it computes the global norm itself, clips to ``clip_grad`` and skips
-    an update whose norm is not finite; otherwise the engine around it does so.
+    its optimizers). With ``guard`` it computes the global norm itself (``norm_over`` says how, where other ranks hold
+    other gradients), clips to ``clip_grad`` and skips an update whose norm is not finite; otherwise the engine around
+    it does so.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class VectorClockAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.partitions: list[FlatPartition] = []
         self.guard, self.clip_grad = False, 0.0
+        self.norm_over: Callable[[list[torch.nn.Parameter]], torch.Tensor] = norm_of_all
         self.grad_norm: torch.Tensor | None = None
         self.step_applied = True
         self._runs: dict[int, _Runs] = {}
@@ -120,8 +132,9 @@ class VectorClockAdamW(torch.optim.Optimizer):
                     self._update(index, group)
 
     def _norm_is_finite(self) -> bool:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = gradients_of(owners)
+        norm = self.norm_over(owners)
         self.grad_norm = norm
         self.step_applied = bool(torch.isfinite(norm).item())
         if self.step_applied and self.clip_grad > 0:

@@ -12,9 +12,13 @@ from megalowrank.engine import memory
 from megalowrank.engine.corpus import Corpus
 from megalowrank.engine.dsconfig import Resolved
 from megalowrank.engine.loop import Position
+from megalowrank.engine.pipeline import PipelineEngine
 from megalowrank.engine.zero import ZeroEngine
 from megalowrank.methods.base import Method
-from megalowrank.models import accounting
+from megalowrank.models.accounting.flops import flops_per_token, peak_flops
+from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.memory import predicted_bytes
+from megalowrank.models.accounting.table import human, startup_table
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.groups import Groups
 
@@ -27,7 +31,7 @@ class Report:
         config: ModelConfig,
         train: TrainConfig,
         model: BuiltModel,
-        engine: ZeroEngine,
+        engine: ZeroEngine | PipelineEngine,
         method: Method,
         resolved: Resolved,
         groups: Groups,
@@ -35,9 +39,9 @@ class Report:
         self.config, self.train, self.model = config, train, model
         self.engine, self.method, self.groups, self.resolved = engine, method, groups, resolved
         self.layout = layout_of(train, method, resolved, groups)
-        self.flops_per_token = accounting.flops_per_token(config, method.adapters(), train.seq_length)
+        self.flops_per_token = flops_per_token(config, method.adapters(), train.seq_length)
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
-        self.peak_flops = accounting.peak_flops(name)
+        self.peak_flops = peak_flops(name)
 
     def current_memory(self) -> int:
         """Bytes held now on this rank."""
@@ -46,7 +50,7 @@ class Report:
     def start(self, corpus: Corpus, position: Position) -> str:
         """Parameters, bytes, batch and data of the run, and warnings."""
         resolved, train = self.resolved, self.train
-        lines = [accounting.startup_table(self.config, self.method.adapters(), self.layout), ""]
+        lines = [startup_table(self.config, self.method.adapters(), self.layout), ""]
         precision = "bfloat16 with float32 masters" if train.bf16 else "float32"
         lines.append(
             f"method {train.method}, ZeRO-{resolved.stage}, {precision}, "
@@ -67,10 +71,10 @@ class Report:
 
     def end(self, evaluation: dict[str, Any], corpus: Corpus) -> str:
         """Predicted against measured memory, and the last evaluation against the unigram model."""
-        predicted = accounting.predicted_bytes(self.config, self.method.adapters(), self.layout)
+        predicted = predicted_bytes(self.config, self.method.adapters(), self.layout)
         measured = memory.measured_bytes(self.engine, self.method, self.model.layers)
         lines = [*memory.memory_report(predicted, measured)]
-        lines.append(f"{'peak of the process':<24}{accounting.human(memory.peak_memory(self.engine.device)):>28}")
+        lines.append(f"{'peak of the process':<24}{human(memory.peak_memory(self.engine.device)):>28}")
         if "eval_loss" in evaluation:
             lines += ["", f"held-out loss:  {self._loss(evaluation['eval_loss'], corpus)}"]
             if corpus.unigram_loss is not None:
@@ -84,15 +88,15 @@ class Report:
         return text
 
 
-def layout_of(train: TrainConfig, method: Method, resolved: Resolved, groups: Groups) -> accounting.Layout:
+def layout_of(train: TrainConfig, method: Method, resolved: Resolved, groups: Groups) -> Layout:
     """What decides which bytes this rank holds."""
     zero = resolved.deepspeed["zero_optimization"]
 
     def offloaded(block: str) -> bool:
         return zero.get(block, {}).get("device", "none") == "cpu"
 
-    return accounting.Layout(
-        stage=resolved.stage,
+    return Layout(
+        zero=resolved.stage,
         bf16=train.bf16,
         data_size=groups.data_size,
         offload_optimizer=offloaded("offload_optimizer"),

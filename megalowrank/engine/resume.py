@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
 from megalowrank.errors import ConfigError
 from megalowrank.methods.base import Method
-from megalowrank.parallel.collectives import all_true, from_first_rank
+from megalowrank.parallel.collectives import all_true, from_first_rank, gather_texts
 from megalowrank.parallel.groups import Groups
 
 # what a resumed run must share with the one that was saved: (section of run.json, fields)
@@ -44,11 +45,11 @@ class GroupRanks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        all_true(True, self.groups.data)
+        all_true(True, self.groups.everyone)
 
     def all_ok(self, ok: bool) -> bool:
         """Whether all ranks pass True."""
-        return all_true(ok, self.groups.data)
+        return all_true(ok, self.groups.everyone)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RunState:
             state = {
                 "attempts": position.attempts,
                 "updates": self.engine.state.updates,
-                "method_state": self.method.state_dict(),
+                "method_state": united(self.method.state_dict(), self.groups.pipe),
                 "run": self.run,
             }
             root = Path(output.save or ".")
@@ -84,7 +85,7 @@ class RunState:
         """
         if output.load is None:
             return Position()
-        path = from_first_rank(lambda: _find(output), self.groups.data, self.groups.rank)
+        path = from_first_rank(lambda: _find(output), self.groups.everyone, self.groups.rank)
         if not path:
             return Position()
         checkpoint = Checkpoint.open(Path(path), verify=False)
@@ -107,6 +108,15 @@ class RunState:
                     )
 
 
+def united(state: dict[str, Any], group: Any) -> dict[str, Any]:
+    """``state`` with the keys that other pipeline stages have in its mappings; every rank of ``group`` calls it."""
+    found: dict[str, Any] = {}
+    for text in gather_texts(json.dumps(state), group):
+        for key, value in json.loads(text).items():
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found
+
+
 def starting_point(output: OutputConfig, groups: Groups) -> tuple[OutputConfig, SavedWeights | None]:
     """What to resume, and the weights to start from instead of drawn ones.
 
@@ -116,12 +126,12 @@ def starting_point(output: OutputConfig, groups: Groups) -> tuple[OutputConfig, 
     """
     if output.load is not None and not output.finetune:
         return output, None
-    begun = from_first_rank(lambda: "yes" * _has_checkpoint(output), groups.data, groups.rank)
+    begun = from_first_rank(lambda: "yes" * _has_checkpoint(output), groups.everyone, groups.rank)
     if begun and not output.finetune:
         raise ConfigError("--save has checkpoints of an earlier run", output.save, "--load auto, or another folder")
     if begun or not output.finetune:
         return replace(output, load="auto" if begun else None), None
-    path = from_first_rank(lambda: str(Checkpoint.open(Path(output.load or ".")).path), groups.data, groups.rank)
+    path = from_first_rank(lambda: str(Checkpoint.open(Path(output.load or ".")).path), groups.everyone, groups.rank)
     return replace(output, load=None), SavedWeights(Checkpoint.open(Path(path), verify=False))
 
 

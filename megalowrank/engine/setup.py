@@ -16,14 +16,17 @@ from megalowrank import __version__
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.cli import RunConfig, parse
-from megalowrank.config import ModelConfig, TrainConfig
+from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.data.ahead import BatchesAhead
 from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
 from megalowrank.engine.instruments import Instruments
+from megalowrank.engine.layouts import check_layout
 from megalowrank.engine.loop import Loop, Position
 from megalowrank.engine.metrics import Progress, replace_text
 from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.engine.pipeline import PipelineEngine
+from megalowrank.engine.replicas import ReplicaCheck
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState, starting_point
 from megalowrank.engine.schedule import restart_warnings, with_restarts
@@ -32,10 +35,13 @@ from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distr
 from megalowrank.errors import ConfigError
 from megalowrank.methods import METHODS
 from megalowrank.methods.base import Context, Method
-from megalowrank.models.architecture import LLAMA_FAMILIES
+from megalowrank.models.architecture import LLAMA_FAMILIES, architecture, check_tensor_parallel
 from megalowrank.models.build import BuiltModel
 from megalowrank.models.presets import apply_preset
-from megalowrank.parallel.groups import Groups, initialize_groups
+from megalowrank.models.projections import projections
+from megalowrank.models.stages import split_layers
+from megalowrank.models.transformer import Placement
+from megalowrank.parallel.groups import Groups, data_parallel_size, initialize_groups
 from megalowrank.parallel.launch import set_rank_environment
 
 Builder = Callable[..., BuiltModel]
@@ -50,22 +56,16 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     config = parse(argv, {name: method.config_class for name, method in METHODS.items()}, program)
     rank, world, _ = set_rank_environment()
     model_config = apply_preset(config.model, tokenizer_size(config.data), config.train.seq_length, families)
-    if config.ds_config is None:
-        raise ConfigError(
-            "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
-        )
-    resolved = dsconfig.resolve(config.ds_config, config.train, config.given, world, model_config.hidden_size or 0)
-    method = METHODS[resolved.train.method](config.method_config)
-    check_precision(resolved.train)
-    train = with_restarts(resolved.train, method.restart_interval())
-    resolved = dataclasses.replace(resolved, train=train)
+    resolved, method = resolve_run(config, model_config, world)
+    train = resolved.train
     corpus = open_corpus(config.data, train, model_config.vocab_size or 0, resolved.global_batch_size)
     initialize_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     groups = initialize_groups(config.parallel)
     source, weights = starting_point(config.output, groups)
-    model = build_model(build, model_config, train, method, weights)
+    place = placement(config.parallel, model_config, resolved, method, groups)
+    model = build_model(build, model_config, train, method, place, weights, groups.pipe)
     model.warnings += restart_warnings(train, method.restart_interval())
-    engine = ZeroEngine(model.module, model.layers, make_optimizer(model.module, train), resolved.deepspeed, groups)
+    engine = make_engine(model, model_config, train, resolved.deepspeed, groups)
     allocate = host_allocator(resolved.pin_host_memory)
     ctx = Context(
         model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
@@ -73,10 +73,12 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     )  # fmt: skip
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
-    state = RunState(engine, method, RunTensors(model, engine.state, method, groups.data_rank), groups, run)
+    state = RunState(engine, method, RunTensors(model, engine.state, method, groups), groups, run)
     position = state.load(source)
     report = Report(model_config, train, model, engine, method, resolved, groups)
-    loop = assemble(config, resolved, corpus, ctx, method, engine, report, position, run)
+    tied = architecture(model_config).tied_output
+    check = ReplicaCheck(config.parallel.replica_check_interval, model, engine, groups, tied)
+    loop = assemble(config, resolved, corpus, ctx, method, engine, report, check, position, run)
     loop.save = state.saver(config.output)
     say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
     if position.step >= train.train_iters:
@@ -97,10 +99,21 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     torch.distributed.destroy_process_group()
 
 
-def check_precision(train: TrainConfig) -> None:
-    """Refuse a residual for weights that are not rounded."""
-    if train.fold_residual != TrainConfig.fold_residual and not train.bf16:
-        raise ConfigError("--fold-residual has no effect without bf16", train.fold_residual)
+def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsconfig.Resolved, Method]:
+    """What runs on ``world`` ranks, from flags and DeepSpeed JSON; ConfigError for what is not supported."""
+    if config.ds_config is None:
+        raise ConfigError(
+            "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
+        )
+    ranks = data_parallel_size(config.parallel, world)
+    resolved = dsconfig.resolve(config.ds_config, config.train, config.given, ranks, model.hidden_size or 0)
+    check_layout(config.parallel, model, resolved.train, resolved.deepspeed["zero_optimization"])
+    check_tensor_parallel(model, config.parallel.tensor_model_parallel_size)
+    method = METHODS[resolved.train.method](config.method_config)
+    if resolved.train.fold_residual != TrainConfig.fold_residual and not resolved.train.bf16:
+        raise ConfigError("--fold-residual has no effect without bf16", resolved.train.fold_residual)
+    train = with_restarts(resolved.train, method.restart_interval())
+    return dataclasses.replace(resolved, train=train), method
 
 
 def say(rank: int, text: str) -> None:
@@ -110,9 +123,17 @@ def say(rank: int, text: str) -> None:
 
 
 def build_model(
-    build: Builder, config: ModelConfig, train: TrainConfig, method: Method, saved: SavedWeights | None = None
+    build: Builder,
+    config: ModelConfig,
+    train: TrainConfig,
+    method: Method,
+    place: Placement | None = None,
+    saved: SavedWeights | None = None,
+    stages: Any = None,
 ) -> BuiltModel:
-    """The initialised model, still whole and in float32, on the CPU of every rank.
+    """This rank's place of the initialised model (default: all of it), in float32, on the CPU.
+
+    ``stages`` is the group of the ranks that build the other stages.
 
     Its weights are those of ``saved``, if given; ConfigError if they are of another model.
     """
@@ -125,10 +146,40 @@ def build_model(
         forward_dtype=torch.bfloat16 if train.bf16 else torch.float32,
         fold_residual=train.fold_residual,
         initial=None if saved is None else saved.read,
+        place=place,
     )
     if saved is not None:
-        saved.check_covered({tensor.name for tensor in model.tensors})
+        saved.check_covered({tensor.name for tensor in model.tensors}, stages)
     return model
+
+
+def placement(
+    parallel: ParallelConfig, config: ModelConfig, resolved: dsconfig.Resolved, method: Method, groups: Groups
+) -> Placement:
+    """The part of the model that this rank builds; every rank decides alike for all."""
+    adapters, train = method.adapters(), resolved.train
+    blocks = None
+    if groups.pipe_size > 1:
+        recompute = train.recompute_granularity == "full"
+        blocks = split_layers(config, adapters, groups.pipe_size, train.seq_length, recompute)[groups.pipe_rank]
+    return Placement(
+        wire=groups.wire(),
+        blocks=blocks,
+        begins=groups.pipe_rank == 0,
+        ends=groups.pipe_rank == groups.pipe_size - 1,
+        ride=dict.fromkeys(projections(config), parallel.lowrank_schedule != "partial"),
+    )
+
+
+def make_engine(
+    model: BuiltModel, config: ModelConfig, train: TrainConfig, deepspeed: dict[str, Any], groups: Groups
+) -> ZeroEngine | PipelineEngine:
+    """The engine of the layout; every rank of the job calls it."""
+    optimizer = make_optimizer(model.module, train)
+    if groups.pipe_size == 1:
+        return ZeroEngine(model.module, model.layers, optimizer, deepspeed, groups)
+    tied = architecture(config).tied_output
+    return PipelineEngine(model.module, model.layers, optimizer, deepspeed, groups, tied)
 
 
 def make_optimizer(module: torch.nn.Module, train: TrainConfig) -> VectorClockAdamW:
@@ -149,8 +200,9 @@ def assemble(
     corpus: Corpus,
     ctx: Context,
     method: Method,
-    engine: ZeroEngine,
+    engine: ZeroEngine | PipelineEngine,
     report: Report,
+    check: ReplicaCheck,
     position: Position,
     run: dict[str, Any],
 ) -> Loop:
@@ -175,6 +227,8 @@ def assemble(
         instruments=Instruments(config.diagnostics, folder, report.groups, engine.device),
         memory=report.current_memory,
         save=lambda position: None,
+        check=check,
+        ranks=report.groups.world,
         bytes_per_token=corpus.bytes_per_token,
         flops_per_token=report.flops_per_token,
         peak_flops=report.peak_flops,

@@ -11,14 +11,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megalowrank.engine import zero_state
-from megalowrank.engine.dense import factor_parameters
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.lowrank.factors import LowRankFactors, folded_weights
+from megalowrank.engine.partial import NormOverRanks, PartialGradients
+from megalowrank.lowrank.factors import LowRankFactors, factor_parameters, factor_places, folded_weights
 from megalowrank.lowrank.pool import HostAllocator
-from megalowrank.lowrank.state import OptimizerStateView
+from megalowrank.lowrank.state import OptimizerStateView, Spread
 from megalowrank.parallel.collectives import mean_over
-from megalowrank.parallel.groups import Groups
+from megalowrank.parallel.groups import Groups, ModelParallelUnit
+from megalowrank.parallel.wire import partial_parameters
 
 
 def initialize_distributed(timeout: Any) -> None:
@@ -41,6 +42,33 @@ def host_allocator(pin: bool) -> HostAllocator:
     return allocate
 
 
+def is_plain(config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed leaves the client optimizer as it is: ZeRO-0 in float32."""
+    return config["zero_optimization"]["stage"] == 0 and not config.get("bf16", {}).get("enabled", False)
+
+
+def bind_state(
+    engine: Any, layers: Sequence[LowRankFactors], optimizer: VectorClockAdamW, groups: Groups
+) -> tuple[zero_state.ZeroLayout, OptimizerStateView]:
+    """Find masters, moments and weights in an initialised DeepSpeed engine and tie optimizer and folds to them."""
+    factors = factor_parameters(layers)
+    layout = zero_state.zero_layout(engine, factors)
+    spread = Spread(factor_places(layers, groups.tensor_rank), groups.tensor, groups.pipe)
+    state = OptimizerStateView(factors, layout.partitions, layout.forward, groups.data, layout.masters_sharded, spread)
+    for folded in folded_weights(layers):
+        folded.bind(zero_state.weight_locator(folded.parameter))
+    optimizer.bind(layout.partitions, state.clocks, factors)
+    return layout, state
+
+
+def complete_partial_gradients(module: torch.nn.Module, config: dict[str, Any], groups: Groups) -> PartialGradients:
+    """Have the gradients that layers leave partial reduced over tensor-parallel ranks."""
+    zero = config["zero_optimization"]
+    per_update = zero["stage"] == 0 or (zero["stage"] == 1 and not zero.get("overlap_comm", False))
+    passes = config["gradient_accumulation_steps"]
+    return PartialGradients(partial_parameters(module), groups.tensor, passes, per_update)
+
+
 class ZeroEngine:
     """A DeepSpeed engine whose state is reachable through ``state``.
 
@@ -56,23 +84,20 @@ class ZeroEngine:
         config: dict[str, Any],
         groups: Groups,
     ) -> None:
-        self.group, self.optimizer = groups.data, optimizer
+        self.group, self.optimizer, self.groups = groups.data, optimizer, groups
         clip = config.get("gradient_clipping", 0.0)
-        plain = config["zero_optimization"]["stage"] == 0 and not config.get("bf16", {}).get("enabled", False)
+        plain = is_plain(config)
         settings = {"log_level": "error", **config, "gradient_clipping": 0.0 if plain else clip}
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        mpu = ModelParallelUnit() if groups.tensor_size > 1 else None
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        factors = factor_parameters(layers)
-        self.layout = zero_state.zero_layout(self.deepspeed, factors)
-        self.state = OptimizerStateView(
-            factors, self.layout.partitions, self.layout.forward, self.group, self.layout.masters_sharded
-        )
-        for folded in folded_weights(layers):
-            folded.bind(zero_state.weight_locator(folded.parameter))
-        optimizer.bind(self.layout.partitions, self.state.clocks, factors)
+        self.layout, self.state = bind_state(self.deepspeed, layers, optimizer, groups)
         optimizer.guard, optimizer.clip_grad = plain, clip if plain else 0.0
+        if groups.tensor_size > 1:
+            optimizer.norm_over = NormOverRanks(groups.tensor)
+        self.partial = complete_partial_gradients(module, config, groups)
 
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
         """One update at learning rate ``lr``; a non-finite loss or gradient skips it on all ranks."""
@@ -91,10 +116,11 @@ class ZeroEngine:
         return StepResult(total, zero_state.global_grad_norm(self.deepspeed), applied)
 
     @torch.no_grad()
-    def eval_step(self, micro_batch: torch.Tensor) -> torch.Tensor:
-        """Mean loss of one micro-batch on this rank."""
+    def eval_step(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean loss of micro-batches on this rank."""
         self.deepspeed.eval()
-        return self.deepspeed(micro_batch.to(self.device, non_blocking=True))
+        losses = [self.deepspeed(batch.to(self.device, non_blocking=True)) for batch in micro_batches]
+        return torch.stack(losses).double().mean()
 
     def end_evaluation(self) -> None:
         """Give back what the forward passes of an evaluation gathered."""
@@ -106,5 +132,6 @@ class ZeroEngine:
         self.optimizer.forget_runs()
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks, so that another engine can be built in this process."""
+        """Remove hooks, so that another engine can be built in this process."""
+        self.partial.close()
         self.deepspeed.destroy()

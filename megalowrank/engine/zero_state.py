@@ -73,9 +73,14 @@ def release_gathered(engine: Any) -> None:
             persistent[0].all_gather(persistent)
 
 
+def is_sharded(parameter: torch.nn.Parameter) -> bool:
+    """Whether the engine cuts the parameter itself (ZeRO-3)."""
+    return hasattr(parameter, "ds_tensor")
+
+
 def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
     """Where this rank stores a frozen weight now."""
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_sharded(parameter):
         return lambda: WeightPiece(parameter.data.view(-1), 0)
     return lambda: _sharded_weight(parameter)
 

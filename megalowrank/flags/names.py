@@ -119,7 +119,7 @@ _MEGATRON = {
     "--fp16": "loss scaling is not supported; use --bf16",
     "--tokenizer-type": "it follows from --tokenizer-model",
     "--log-throughput": "throughput is in every log line",
-    "--num-layers-per-virtual-pipeline-stage": "pipeline parallelism is not built",
+    "--num-layers-per-virtual-pipeline-stage": "DeepSpeed's pipeline does not interleave",
     "--sequence-parallel": "tensor parallelism is not built",
     "--context-parallel-size": "context parallelism is not built",
     "--untie-embeddings-and-output-weights": "it follows from the architecture",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.parallel.partition import Share, share
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,40 @@ class LowRankSpec:
 
     rank: int
     scale: float
+
+
+@dataclass(frozen=True)
+class FactorPlace:
+    """This rank's part of a factor of the model.
+
+    ``number`` counts the factors of the whole model (A of matrix j is 2j, Bᵀ is 2j + 1); ``length`` says which
+    elements of every vector are here. ``counted``: sums over tensor-parallel ranks take it from this rank, so that
+    what all of them hold counts once.
+    """
+
+    number: int
+    length: Share
+    counted: bool = True
+
+
+class LogicalMatrix(Protocol):
+    """An adapted matrix as the whole model knows it, whatever part of it a rank holds."""
+
+    @property
+    def name(self) -> str:
+        """Logical name, such as ``layers.3.attention.q``."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of its factors."""
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
 
 
 class RowGate:
@@ -46,8 +82,9 @@ class RowGate:
 class LowRankFactors:
     """A [r, in] and Bᵀ [r, out] of one logical matrix, with the rows of W they adapt.
 
-    ``index`` is the global number of the matrix in the model, independent of the layout; all shapes
-    are those of the logical matrix.
+    ``index`` is the global number of the matrix in the model, independent of the layout. ``rank``, ``in_features``
+    and ``out_features`` are those of the logical matrix; ``columns`` and ``rows`` say which part of it this rank
+    holds (default: all of it): vectors of A have ``columns.padded`` elements here, those of Bᵀ ``rows.padded``.
     """
 
     def __init__(
@@ -58,17 +95,40 @@ class LowRankFactors:
         weight: FoldedWeight,
         row_start: int,
         scale: float,
+        rows: Share | None = None,
+        columns: Share | None = None,
     ) -> None:
         self.name, self.index = name, -1
         self.A, self.Bt = A, Bt
         self.weight, self.row_start, self.scale = weight, row_start, scale
-        self.rank, self.in_features = A.shape
-        self.out_features = Bt.shape[1]
+        self.rows, self.columns = rows or share(Bt.shape[1]), columns or share(A.shape[1])
+        self.rank, self.in_features, self.out_features = A.shape[0], self.columns.size, self.rows.size
         self.gate_A, self.gate_Bt = RowGate(A), RowGate(Bt)
 
     def fold(self, u_KM: torch.Tensor, v_KN: torch.Tensor) -> None:
-        """W += s · u_KMᵀ v_KN on this rank's part of W. u_KM [k, out], v_KN [k, in]."""
+        """W += s · u_KMᵀ v_KN on this rank's part of W, without communication.
+
+        u_KM [k, rows.padded] and v_KN [k, columns.padded] are this rank's parts of the vectors.
+        """
         self.weight.add(self.row_start, u_KM, v_KN, self.scale)
+
+    def own(self, A: torch.Tensor, Bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's parts of vectors A [k, in] and Bᵀ [k, out] of the logical matrix, padded."""
+        return self.columns.take(A, 1), self.rows.take(Bt, 1)
+
+
+def factor_parameters(layers: Sequence[LowRankFactors]) -> list[torch.nn.Parameter]:
+    """A and Bᵀ of every matrix, in the order that vector sets count them."""
+    return [parameter for layer in layers for parameter in (layer.A, layer.Bt)]
+
+
+def factor_places(layers: Sequence[LowRankFactors], tensor_rank: int = 0) -> list[FactorPlace]:
+    """Where the factors of this rank lie in those of the model, in the order of ``factor_parameters``."""
+    return [
+        FactorPlace(2 * layer.index + side, length, length.real != length.size or tensor_rank == 0)
+        for layer in layers
+        for side, length in enumerate((layer.columns, layer.rows))
+    ]
 
 
 def folded_weights(layers: Sequence[LowRankFactors]) -> list[FoldedWeight]:

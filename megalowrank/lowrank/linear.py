@@ -1,7 +1,8 @@
 """Megatron-core's parallel linears with low-rank factors inside.
 
-Shapes: x [.., in], W [out, in], A [r, in], Bᵀ [r, out] per logical matrix g; the matrices of a fused
-projection are consecutive row blocks of W. N is the number of tokens, R the sum of the ranks.
+Shapes: x [.., in], W [out, in], A [r, in], Bᵀ [r, out] per logical matrix; the matrices of a fused projection are
+consecutive row blocks of W. Every rank holds equal parts, padded with zeros (``parallel/partition.py``): a
+column-parallel linear a part of the rows of each block, a row-parallel one a part of the columns.
 """
 
 from __future__ import annotations
@@ -11,120 +12,133 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
 from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.functions import ColumnFunction, LowRankColumnFunction, LowRankRowFunction, RowFunction
+from megalowrank.parallel.mappings import splits_sequence
+from megalowrank.parallel.partition import Share, share
+from megalowrank.parallel.wire import Wire, mark_partial
 
 Blocks = tuple[tuple[str, int], ...]
 
 
-class LowRankFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + s · Σ_g (x A_gᵀ) B_g with W frozen: only x and the r-wide product are kept.
+class _Adapted(torch.nn.Module):
+    """What both parallel linears share.
 
-    Called as apply(x, W, bias, scale, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G).
+    ``blocks``: (logical name, share of its rows) of every matrix in order; ``columns``: the share of the input's
+    width; ``factors``: those of every matrix, or none; ``weight`` is None until it is assigned if it was not allocated.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, scale: float, *factors: torch.Tensor
-    ) -> torch.Tensor:
-        count = len(factors) // 2
-        x_NI = x.reshape(-1, x.shape[-1])
-        u_NR = (x_NI @ _stack(factors[:count]).t()).mul_(scale)
-        y_NO = F.linear(x_NI, W, bias)
-        row, column = 0, 0
-        for Bt in factors[count:]:
-            rank, out = Bt.shape
-            y_NO[:, column : column + out].addmm_(u_NR[:, row : row + rank], Bt)
-            row, column = row + rank, column + out
-        ctx.save_for_backward(x_NI, W, u_NR, *factors)
-        ctx.scale, ctx.shape, ctx.has_bias = scale, x.shape, bias is not None
-        return y_NO.view(*x.shape[:-1], W.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NI, W, u_NR, *factors = ctx.saved_tensors
-        count = len(factors) // 2
-        dy_NO = gradients[0].reshape(-1, W.shape[0])
-        du_NR = torch.empty_like(u_NR)
-        grad_B: list[torch.Tensor] = []
-        row, column = 0, 0
-        for Bt in factors[count:]:
-            rank, out = Bt.shape
-            dy_g = dy_NO[:, column : column + out]
-            torch.mm(dy_g, Bt.t(), out=du_NR[:, row : row + rank])
-            grad_B.append(u_NR[:, row : row + rank].t() @ dy_g)
-            row, column = row + rank, column + out
-        du_NR.mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.addmm(dy_NO @ W, du_NR, _stack(factors[:count])).view(ctx.shape)
-        grad_A = (du_NR.t() @ x_NI).split([A.shape[0] for A in factors[:count]])
-        grad_bias = dy_NO.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, None, *grad_A, *grad_B
-
-
-def _stack(tensors: Any) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
-
-
-class _Adapted(torch.nn.Module):
-    """What both parallel linears share. ``blocks``: (logical name, rows of W) in order."""
+    split: int
+    adapted_function: type[torch.autograd.Function]
+    plain_function: type[torch.autograd.Function]
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
     skip_bias_add: bool
-    blocks: Blocks
+    blocks: tuple[tuple[str, Share], ...]
+    columns: Share
+    wire: Wire
     scale: float
     factors: list[LowRankFactors]
 
-    def _adopt(self, blocks: Blocks, lowrank: LowRankSpec | None) -> None:
-        self.blocks, self.factors, self.scale = blocks, [], 0.0
-        if lowrank is None:
-            return
+    def _adopt(self, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire) -> None:
+        everything, own = (0, 1), (wire.rank, wire.size)
+        by_rows, by_columns = (own, everything) if self.split == 0 else (everything, own)
+        self.blocks = tuple((name, share(rows, *by_rows)) for name, rows in blocks)
+        self.columns, self.wire = share(columns, *by_columns), wire
+        self.factors, self.scale = [], 0.0
+        if self.weight is not None:
+            shape = sum(rows.padded for _, rows in self.blocks), self.columns.padded
+            if shape != tuple(self.weight.shape):
+                raise ValueError(f"a weight {list(self.weight.shape)} for blocks and columns that make {list(shape)}")
+            _mark_split(self.weight, self.split)
+        if lowrank is not None:
+            self._add_factors(lowrank)
+
+    def _add_factors(self, lowrank: LowRankSpec) -> None:
+        if self.weight is None:
+            raise ValueError("factors need the weight that they adapt")
         self.weight.requires_grad_(False)
         self.scale = lowrank.scale
         folded, row = FoldedWeight(self.weight), 0
-        for name, rows in blocks:
-            A = self._new_factor(f"A_{name}", lowrank.rank, self.weight.shape[1])
-            Bt = self._new_factor(f"B_{name}", lowrank.rank, rows)
-            self.factors.append(LowRankFactors(name, A, Bt, folded, row, lowrank.scale))
-            row += rows
+        for name, rows in self.blocks:
+            A = self._new_factor(f"A_{name}", lowrank.rank, self.columns.padded)
+            Bt = self._new_factor(f"B_{name}", lowrank.rank, rows.padded)
+            divided, replicated = (Bt, A) if self.split == 0 else (A, Bt)
+            _mark_split(divided, 1)
+            if self.wire.size > 1 and (self.wire.sequence or not self.wire.ride):
+                mark_partial(replicated)
+            self.factors.append(LowRankFactors(name, A, Bt, folded, row, lowrank.scale, rows, self.columns))
+            row += rows.padded
 
     def _new_factor(self, name: str, rank: int, length: int) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.zeros(rank, length, dtype=self.weight.dtype))
         self.register_parameter(name, parameter)
         return parameter
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not self.factors:
-            return F.linear(x, self.weight, bias)
-        A = [getattr(self, f"A_{name}") for name, _ in self.blocks]
-        Bt = [getattr(self, f"B_{name}") for name, _ in self.blocks]
-        return LowRankFunction.apply(x, self.weight, bias, self.scale, *A, *Bt)
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [.., in] -> (y [.., out], bias if it is left to the caller), each this rank's part; every rank calls it.
+
+        Under sequence parallelism dimension 0 is the sequence: a column-parallel linear takes a part of it and gives
+        all of it, a row-parallel one the other way round.
+        """
+        bias = None if self.skip_bias_add else self.bias
+        if self.factors:
+            A = [getattr(self, f"A_{name}") for name, _ in self.blocks]
+            Bt = [getattr(self, f"B_{name}") for name, _ in self.blocks]
+            y = self.adapted_function.apply(input_, self.weight, bias, self.scale, self.wire, *A, *Bt)
+        elif self.wire.size == 1:
+            y = F.linear(input_, self.weight, bias)
+        else:
+            y = self.plain_function.apply(input_, self.weight, bias, self.wire)
+        return y, self.bias if self.skip_bias_add else None
 
 
 class LowRankColumnParallelLinear(_Adapted, ColumnParallelLinear):
-    """Column-parallel linear; ``lowrank`` None makes it a plain trainable one."""
+    """Column-parallel linear; ``lowrank`` None makes it a plain trainable one.
 
-    def __init__(self, *args: Any, blocks: Blocks, lowrank: LowRankSpec | None, **kwargs: Any) -> None:
-        ColumnParallelLinear.__init__(self, *args, **kwargs)
-        self._adopt(blocks, lowrank)
+    ``blocks``: (logical name, logical rows) of the matrices in W, ``columns`` their logical width. ``output_size`` of
+    megatron-core counts padding: the sum over blocks of ⌈rows / ranks⌉, times the ranks. With
+    ``skip_weight_param_allocation`` the weight is assigned later.
+    """
 
-    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [.., in] -> (y [.., out], bias if it is left to the caller)."""
-        y = self._multiply(input_, None if self.skip_bias_add else self.bias)
-        return y, self.bias if self.skip_bias_add else None
+    split = 0
+    adapted_function, plain_function = LowRankColumnFunction, ColumnFunction
+
+    def __init__(
+        self, *args: Any, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire, **kwargs: Any
+    ) -> None:
+        ColumnParallelLinear.__init__(self, *args, **{**kwargs, "tp_group": wire.group})
+        if self.gather_output:
+            raise ValueError("gather_output is not supported: the output stays split")
+        self._adopt(blocks, columns, lowrank, wire)
 
 
 class LowRankRowParallelLinear(_Adapted, RowParallelLinear):
-    """Row-parallel linear; ``lowrank`` None makes it a plain trainable one."""
+    """Row-parallel linear; ``lowrank`` None makes it a plain trainable one.
 
-    def __init__(self, *args: Any, blocks: Blocks, lowrank: LowRankSpec | None, **kwargs: Any) -> None:
-        RowParallelLinear.__init__(self, *args, **kwargs)
-        self._adopt(blocks, lowrank)
+    ``blocks``: (logical name, logical rows) of the matrices in W, ``columns`` their logical width. ``input_size`` of
+    megatron-core counts padding: ⌈columns / ranks⌉ times the ranks. The input is split already.
+    """
 
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [.., in] -> (y [.., out], bias if it is left to the caller)."""
-        y = self._multiply(input_, None if self.skip_bias_add else self.bias)
-        return y, self.bias if self.skip_bias_add else None
+    split = 1
+    adapted_function, plain_function = LowRankRowFunction, RowFunction
+
+    def __init__(
+        self, *args: Any, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire, **kwargs: Any
+    ) -> None:
+        RowParallelLinear.__init__(self, *args, **{**kwargs, "tp_group": wire.group})
+        if not self.input_is_parallel:
+            raise ValueError("input_is_parallel=False is not supported: the input comes split")
+        self._adopt(blocks, columns, lowrank, wire)
+        if self.bias is not None and splits_sequence(wire):
+            mark_partial(self.bias)
+
+
+def _mark_split(parameter: torch.nn.Parameter, dim: int) -> None:
+    """Tell who counts parameters that every rank holds another part of this one."""
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, dim, 1)

@@ -6,12 +6,14 @@ the values finds the exact order statistic with one all-reduce of counts per byt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megalowrank.errors import TrainingError
+from megalowrank.lowrank.factors import FactorPlace
 from megalowrank.lowrank.state import MomentPiece, OptimizerStateView
 from megalowrank.parallel.rng import uniform
 
@@ -36,10 +38,10 @@ class Pruning:
 
 
 def prune(state: OptimizerStateView, rule: Pruning, seed: int, step: int) -> dict[str, float]:
-    """Prune the moments of every factor; returns the share of zeros in each moment afterwards.
+    """Prune the moments of every factor; returns the share of zeros in each moment of the model afterwards.
 
-    Every rank of the data-parallel group calls it alike. Raises TrainingError, on all ranks, if fewer elements
-    are zero afterwards than the rule says.
+    Every rank calls it alike. Raises TrainingError, on all ranks, if fewer elements are zero afterwards than the
+    rule says. Padding counts as nothing.
     """
     limits = _thresholds(state, rule) if rule.how == "magnitude" else None
     for factor in range(len(state.shapes)):
@@ -48,7 +50,7 @@ def prune(state: OptimizerStateView, rule: Pruning, seed: int, step: int) -> dic
                 piece.exp_avg.zero_()
                 piece.exp_avg_sq.zero_()
             elif limits is None:
-                _prune_random(piece, rule, seed, step, factor)
+                _prune_random(piece, rule, seed, step, state.places[factor])
             else:
                 _prune_small(piece, rule, [limit[factor] for limit in limits])
     return _check(state, rule, step)
@@ -61,16 +63,37 @@ def _prune_small(piece: MomentPiece, rule: Pruning, limits: list[torch.Tensor]) 
     piece.exp_avg_sq.masked_fill_(~keep_sq, 0.0)
 
 
-def _prune_random(piece: MomentPiece, rule: Pruning, seed: int, step: int, factor: int) -> None:
-    """Masks are keyed by the global index of the element, so that no layout matters."""
+def _prune_random(piece: MomentPiece, rule: Pruning, seed: int, step: int, place: FactorPlace) -> None:
+    """Masks are keyed by the factor and the element in the whole model, so that no layout matters."""
     streams = [f"prune/{step}/{'both' if rule.shared else name}" for name in MOMENTS]
     for begin in range(0, piece.exp_avg.numel(), _CHUNK):
         end = min(begin + _CHUNK, piece.exp_avg.numel())
-        elements = np.arange(piece.start + begin, piece.start + end)
+        rows, columns = np.divmod(np.arange(piece.start + begin, piece.start + end), place.length.padded)
+        elements = rows * place.length.size + place.length.start + columns
         for name, stream in zip(MOMENTS, streams, strict=True):
             values = getattr(piece, name)[begin:end]
-            pruned = uniform(seed, stream, np.array([factor]), elements)[0] <= rule.share
+            pruned = uniform(seed, stream, np.array([place.number]), elements)[0] <= rule.share
             values.masked_fill_(torch.from_numpy(pruned).to(values.device), 0.0)
+
+
+def _logical(state: OptimizerStateView, factor: int, moment: str) -> Iterator[torch.Tensor]:
+    """The elements of a moment that this rank holds and counts, without padding, 1-D."""
+    place = state.places[factor]
+    if not place.counted:
+        return
+    for piece in state.moments(factor):
+        values = getattr(piece, moment)
+        if place.length.real < place.length.padded:
+            columns = torch.arange(piece.start, piece.start + values.numel(), device=values.device)
+            values = values[columns % place.length.padded < place.length.real]
+        yield values
+
+
+def _sizes(state: OptimizerStateView) -> torch.Tensor:
+    """Elements of the logical factors of this stage, int64 [factors]."""
+    rows = [shape[0] for shape in state.shapes]
+    sizes = [count * place.length.size for count, place in zip(rows, state.places, strict=True)]
+    return torch.tensor(sizes, dtype=torch.int64)
 
 
 def _thresholds(state: OptimizerStateView, rule: Pruning) -> list[torch.Tensor]:
@@ -83,7 +106,7 @@ def quantiles(state: OptimizerStateView, moment: str, share: float) -> torch.Ten
 
     Linear interpolation between order statistics, at position share · (N - 1). Every rank calls it.
     """
-    sizes = torch.tensor([rows * columns for rows, columns in state.shapes], dtype=torch.int64)
+    sizes = _sizes(state)
     position = share * (sizes - 1).double()
     low = position.floor().long()
     ranks = torch.stack((low, torch.minimum(low + 1, sizes - 1)))
@@ -98,8 +121,8 @@ def _select(state: OptimizerStateView, moment: str, ranks: torch.Tensor) -> torc
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = torch.zeros(*ranks.shape, _BUCKETS, dtype=torch.int64)
         for factor in range(ranks.shape[1]):
-            for piece in state.moments(factor):
-                bits = getattr(piece, moment).abs().view(_BITS[state.dtype]).to(torch.int64)
+            for values in _logical(state, factor, moment):
+                bits = values.abs().view(_BITS[state.dtype]).to(torch.int64)
                 _count(bits, shift, width, prefix[:, factor], counts[:, factor])
         reached = state.sum_over_shards(counts).cumsum(-1)
         digit = (reached <= left[..., None]).sum(-1)
@@ -121,15 +144,14 @@ def _count(bits: torch.Tensor, shift: int, width: int, prefix: torch.Tensor, cou
 
 def _check(state: OptimizerStateView, rule: Pruning, step: int) -> dict[str, float]:
     """The share of zeros in each moment, counted anew; fewer than the rule says end the run."""
-    total = sum(rows * columns for rows, columns in state.shapes)
     counts = torch.zeros(len(MOMENTS), dtype=torch.int64)
     for factor in range(len(state.shapes)):
-        for piece in state.moments(factor):
-            for i, name in enumerate(MOMENTS):
-                values = getattr(piece, name)
-                counts[i] += values.numel() - int(torch.count_nonzero(values))
-    zeros = (state.sum_over_shards(counts).double() / max(total, 1)).tolist()
-    slack = {"zero": 0.0, "magnitude": len(state.shapes) / max(total, 1)}
+        for i, name in enumerate(MOMENTS):
+            counts[i] += sum(v.numel() - int(torch.count_nonzero(v)) for v in _logical(state, factor, name))
+    own = torch.tensor([int(_sizes(state).sum()), len(state.shapes)])
+    *zero, total, factors = state.sum_over_stages(torch.cat((state.sum_over_shards(counts), own))).tolist()
+    zeros = [count / max(total, 1) for count in zero]
+    slack = {"zero": 0.0, "magnitude": factors / max(total, 1)}
     spread = 6.0 * (rule.share * (1.0 - rule.share) / max(total, 1)) ** 0.5
     wanted = rule.share - slack.get(rule.how, spread)
     if min(zeros) < wanted:

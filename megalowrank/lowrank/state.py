@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from megalowrank.lowrank.factors import FactorPlace
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
 from megalowrank.parallel.collectives import group_size, sum_over
+from megalowrank.parallel.partition import share
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class MomentPiece:
     start: int
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the model is spread over ranks beside data parallelism: where the factors here belong, and the groups.
+
+    Without ``places`` the factors here are all there are.
+    """
+
+    places: Sequence[FactorPlace] | None = None
+    tensor: Any = None
+    pipe: Any = None
 
 
 class Clocks:
@@ -117,8 +131,9 @@ class FlatForwardCopy:
 class OptimizerStateView:
     """The verbs of a method on sharded optimizer state.
 
-    Every rank of the data-parallel group calls every verb with the same vectors; only ``read``
-    communicates. ``factors`` lists A and Bᵀ of matrix 0, A and Bᵀ of matrix 1, …
+    Every rank of the data-parallel group calls every verb with the same vectors; only ``read`` and the sums
+    communicate. ``factors`` lists A and Bᵀ of this rank's matrix 0, A and Bᵀ of matrix 1, …; a vector is what this
+    rank holds of it, and ``places`` says where that belongs in the model.
     """
 
     def __init__(
@@ -128,10 +143,14 @@ class OptimizerStateView:
         forward: ForwardCopy,
         group: Any,
         masters_sharded: bool,
+        spread: Spread | None = None,
     ) -> None:
         self.partitions, self.forward = partitions, forward
         self.group, self.masters_sharded = group, masters_sharded
         self.shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
+        self._spread = spread or Spread()
+        everything = [FactorPlace(i, share(shape[1])) for i, shape in enumerate(self.shapes)]
+        self.places: Sequence[FactorPlace] = everything if self._spread.places is None else self._spread.places
         self.clocks = Clocks(np.array([shape[0] for shape in self.shapes], dtype=np.int64))
         self._windows = [_windows(partition, factors) for partition in partitions]
         full = np.array([shape[0] * shape[1] for shape in self.shapes], dtype=np.int64)
@@ -205,10 +224,20 @@ class OptimizerStateView:
         return found
 
     def sum_over_shards(self, counts: torch.Tensor) -> torch.Tensor:
-        """Sum what each rank counted over its own part of the moments; every rank calls it, all get the sum."""
-        if not self.masters_sharded:
+        """Sum what each rank counted over its own part of the moments of this stage's factors.
+
+        A rank adds nothing for factors not ``counted`` here. Every rank of the stage calls it, all get the sum.
+        """
+        summed = counts.to(self.device)
+        if self.masters_sharded:
+            sum_over(summed, self.group)
+        return sum_over(summed, self._spread.tensor).to(counts.device)
+
+    def sum_over_stages(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum over pipeline stages what is equal on all ranks of a stage; every rank calls it, all get the sum."""
+        if group_size(self._spread.pipe) == 1:
             return counts
-        return sum_over(counts.to(self.device), self.group).to(counts.device)
+        return sum_over(counts.to(self.device, copy=True), self._spread.pipe).to(counts.device)
 
     def restart_clock(self, vectors: VectorSet) -> None:
         """The next update is update 1 of these vectors for Adam's bias correction."""

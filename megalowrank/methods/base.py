@@ -3,8 +3,8 @@
 A method is a policy that acts between optimizer steps. It owns no layer, no optimizer and no training
 loop; it reaches the model and the sharded state only through the verbs of its ``Context``.
 
-Life of a run: ``adapters`` says what to build; ``initialise`` sets factors and W on the whole float
-model, before an engine casts or shards it; ``start`` runs once on the engine's state; then
+Life of a run: ``adapters`` says what to build; ``initial_factors`` gives the factors of a matrix, whole and
+float, before they are divided over ranks; ``start`` runs once on the engine's state; then
 ``before_step(t)`` once for every update index t, before its first forward pass. t counts committed
 updates: after a skipped update the same t is not announced again.
 """
@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
+from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.state import OptimizerStateView
+from megalowrank.parallel.partition import Share
 
 
 @dataclass
 class Context:
-    """Everything a method may touch. ``layers`` are in the order of their global index.
+    """Everything a method may touch. ``layers`` are this stage's, in the order of their global index.
 
     ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier.
     """
@@ -49,12 +50,16 @@ class Adapters:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a method for the checkpoint: rows first, first + step, … of a logical [rows, length]."""
+    """A tensor of a method for the checkpoint: rows first, first + step, … of a logical [rows, length].
+
+    ``columns`` says which elements of every row this rank has, in front of padding.
+    """
 
     name: str
     shape: tuple[int, int]
     first: int
     step: int
+    columns: Share
     rows: torch.Tensor
 
 
@@ -71,11 +76,18 @@ class Method:
         """What to build into the linears; None leaves them plain and trainable."""
         return None
 
-    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
-        """Set factors and W of the whole, unsharded float32 (or float64) model; every rank alike.
+    def initial_factors(
+        self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and Bᵀ [r, out] of a whole logical matrix at the start; s·B·A is taken out of W.
 
-        ``dtype`` is the precision of the forward pass. Returns warnings for the user.
+        Every rank that holds a part of the matrix asks alike and keeps its part. ``dtype`` is the precision of the
+        forward pass, to which both are rounded.
         """
+        raise NotImplementedError(f"{self.name} builds no factors")
+
+    def warnings(self, matrices: Sequence[LogicalMatrix]) -> list[str]:
+        """What the user should know about the adapted matrices of the model."""
         return []
 
     def start(self, ctx: Context) -> None:
@@ -96,7 +108,7 @@ class Method:
         return None
 
     def counters(self) -> dict[str, float]:
-        """The method's own numbers for a log line, since the last call."""
+        """The method's own numbers for a log line, of the whole model, since the last call; every rank calls it."""
         return {}
 
     def candidates(self) -> str | None:
@@ -108,11 +120,11 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Replicated state as JSON values."""
+        """State as JSON values, alike on all ranks of a stage; stages may differ in the keys of mappings."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave, with the keys of all stages."""
 
     def saved_tensors(self) -> list[SavedTensor]:
         """Sharded state; the tensors are views, so that a load writes through them."""

@@ -13,13 +13,12 @@ Bounds of the uniform distributions, for W [m, n] and rank r, gain = √(1/3):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megalowrank.config import above, at_least, flag
-from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
+from megalowrank.lowrank.factors import LogicalMatrix, LowRankSpec
 from megalowrank.methods.base import Adapters, Method
 from megalowrank.parallel.rng import generator
 
@@ -69,21 +68,16 @@ class LoRA(Method):
         rank = self.config.lora_rank
         return Adapters(LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target or ("*",)))
 
-    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
-        """Draw A and B and take s·B·A out of W."""
-        for layer in layers:
-            A, Bt = self.drawn(layer, self.config.lora_init, dtype, seed)
-            with torch.no_grad():
-                layer.A.copy_(A)
-                layer.Bt.copy_(Bt)
-                layer.fold(-layer.Bt, layer.A)
-        return []
+    def initial_factors(
+        self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.drawn(matrix, self.config.lora_init, dtype, seed)
 
     def drawn(
-        self, layer: LowRankFactors, init: str, dtype: torch.dtype, seed: int, *key: object
+        self, matrix: LogicalMatrix, init: str, dtype: torch.dtype, seed: int, *key: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and Bᵀ [r, out] of a start called ``init``, rounded to ``dtype``; ``key`` tells draws apart."""
-        bound_A, bound_B = bounds(init, layer.rank, layer.out_features, layer.in_features)
-        A = draw(bound_A, (layer.rank, layer.in_features), seed, layer.name, "A", *key)
-        Bt = draw(bound_B, (layer.rank, layer.out_features), seed, layer.name, "B", *key)
+        bound_A, bound_B = bounds(init, matrix.rank, matrix.out_features, matrix.in_features)
+        A = draw(bound_A, (matrix.rank, matrix.in_features), seed, matrix.name, "A", *key)
+        Bt = draw(bound_B, (matrix.rank, matrix.out_features), seed, matrix.name, "B", *key)
         return A.to(dtype), Bt.to(dtype)

@@ -28,7 +28,7 @@ import torch
 
 from megalowrank.config import at_least, flag
 from megalowrank.errors import ConfigError
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors
 from megalowrank.lowrank.prune import Pruning, prune
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.base import Context
@@ -78,10 +78,18 @@ class ReLoRA(LoRA):
     name = "relora"
     config_class = ReLoRAConfig
 
-    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
-        """As LoRA; the zero start leaves both factors at 0 and says what that means."""
+    def initial_factors(
+        self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As LoRA; the zero start leaves both factors at 0."""
         if self.config.lora_init != "zero":
-            return super().initialise(layers, seed, dtype)
+            return super().initial_factors(matrix, seed, dtype)
+        return torch.zeros(matrix.rank, matrix.in_features), torch.zeros(matrix.rank, matrix.out_features)
+
+    def warnings(self, matrices: Sequence[LogicalMatrix]) -> list[str]:
+        """What the zero start means."""
+        if self.config.lora_init != "zero":
+            return []
         return [
             "with --lora-init zero both factors are 0: nothing low-rank learns until the first merge "
             f"after {self.config.relora_interval} updates"
@@ -106,7 +114,8 @@ class ReLoRA(LoRA):
         if not self.due(step, ctx.restart_offset):
             return
         for j, layer in enumerate(ctx.layers):
-            vectors = VectorSet.whole([2 * j, 2 * j + 1], [layer.rank] * 2, [layer.in_features, layer.out_features])
+            lengths = [layer.columns.padded, layer.rows.padded]
+            vectors = VectorSet.whole([2 * j, 2 * j + 1], [layer.rank] * 2, lengths)
             self._merge(layer, vectors, step, ctx)
             if self.config.relora_restart_clock:
                 ctx.state.restart_clock(vectors)
@@ -116,17 +125,18 @@ class ReLoRA(LoRA):
 
     def _merge(self, layer: LowRankFactors, vectors: VectorSet, step: int, ctx: Context) -> None:
         masters, _, _ = ctx.state.read(vectors, _NONE, torch.empty(0, dtype=ctx.state.dtype, device=ctx.state.device))
-        A, Bt = masters.split((layer.rank * layer.in_features, layer.rank * layer.out_features))
+        A, Bt = masters.split((layer.rank * layer.columns.padded, layer.rank * layer.rows.padded))
         layer.fold(Bt.view(layer.rank, -1), A.view(layer.rank, -1))
-        new_A, new_Bt = (factor.to(ctx.state.device, ctx.state.dtype) for factor in self.redraw(layer, step, ctx))
+        drawn = layer.own(*self.redraw(layer, step, ctx))
+        new_A, new_Bt = (factor.to(ctx.state.device, ctx.state.dtype) for factor in drawn)
         if new_Bt.any():
             layer.fold(-new_Bt, new_A)
         ctx.state.write(vectors, torch.cat((new_A.flatten(), new_Bt.flatten())))
 
-    def redraw(self, layer: LowRankFactors, step: int, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, in] and Bᵀ [r, out] after the merge before ``step``, rounded as the forward pass sees them."""
+    def redraw(self, matrix: LogicalMatrix, step: int, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and Bᵀ [r, out] of the whole matrix after the merge before ``step``, as the forward pass rounds."""
         init = "classic" if self.config.lora_init == "zero" else self.config.lora_init
-        return self.drawn(layer, init, ctx.state.forward.dtype, ctx.seed, step)
+        return self.drawn(matrix, init, ctx.state.forward.dtype, ctx.seed, step)
 
     def _rule(self) -> Pruning:
         how = self.config.relora_reset

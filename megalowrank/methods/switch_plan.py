@@ -20,7 +20,7 @@ from megalowrank.lowrank.vectors import VectorSet, element_index
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of all matrices: ranks and spare candidates [matrices], lengths of all factors [2 · matrices].
+    """Sizes of all matrices of a rank: ranks and spare candidates [matrices], lengths of its vectors [2 · matrices].
 
     ``limit`` [matrices] is how many vectors may be frozen or switching at once: half the rank, since positions
     of A and Bᵀ run half a turn apart, and none without spare candidates.
@@ -36,10 +36,10 @@ class Geometry:
 
     @staticmethod
     def of(layers: Sequence[LowRankFactors]) -> Geometry:
-        """Read the logical sizes of the factors."""
+        """Ranks and spare vectors of the logical matrices, lengths of what this rank holds."""
         ranks = np.array([layer.rank for layer in layers], dtype=np.int64)
         smaller = np.array([min(layer.out_features, layer.in_features) for layer in layers], dtype=np.int64)
-        lengths = np.array([[layer.in_features, layer.out_features] for layer in layers], dtype=np.int64)
+        lengths = np.array([[layer.columns.padded, layer.rows.padded] for layer in layers], dtype=np.int64)
         return Geometry(ranks, smaller - ranks, lengths.reshape(-1))
 
     def vectors(self, factors: np.ndarray, rows: np.ndarray) -> VectorSet:

@@ -29,7 +29,7 @@ import torch
 
 from megalowrank.config import at_least, flag
 from megalowrank.errors import ConfigError
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LogicalMatrix
 from megalowrank.lowrank.pool import CandidatePools
 from megalowrank.methods.base import Context, SavedTensor
 from megalowrank.methods.lora import LoRA, LoRAConfig, bounds, draw
@@ -82,19 +82,16 @@ class SwitchLoRA(LoRA):
     name = "switchlora"
     config_class = SwitchLoRAConfig
 
-    def initialise(self, layers: Sequence[LowRankFactors], seed: int, dtype: torch.dtype) -> list[str]:
-        """As LoRA; warns about matrices that can never switch."""
-        warnings = super().initialise(layers, seed, dtype)
-        stuck = [
-            layer.name for layer in layers if layer.rank < 2 or layer.rank >= min(layer.out_features, layer.in_features)
+    def warnings(self, matrices: Sequence[LogicalMatrix]) -> list[str]:
+        """Matrices that can never switch."""
+        stuck = [m.name for m in matrices if m.rank < 2 or m.rank >= min(m.out_features, m.in_features)]
+        if not stuck:
+            return []
+        sample = ", ".join(stuck[:3]) + (", …" if len(stuck) > 3 else "")
+        return [
+            f"{len(stuck)} of {len(matrices)} matrices can never switch at rank {matrices[0].rank} "
+            f"(it must be at least 2 and below both sizes): {sample}"
         ]
-        if stuck:
-            sample = ", ".join(stuck[:3]) + (", …" if len(stuck) > 3 else "")
-            warnings.append(
-                f"{len(stuck)} of {len(layers)} matrices can never switch at rank {layers[0].rank} "
-                f"(it must be at least 2 and below both sizes): {sample}"
-            )
-        return warnings
 
     def start(self, ctx: Context) -> None:
         """Draw the candidates and set counters to the start of a run."""
@@ -105,7 +102,7 @@ class SwitchLoRA(LoRA):
         self._planned: tuple[int, SwitchPlan] | None = None
         self._block: tuple[int, np.ndarray] | None = None
         self._moved = 0
-        self._layers = ctx.layers
+        self._layers, self._state = ctx.layers, ctx.state
         self.pools = CandidatePools(
             np.repeat(self.geometry.spare, 2),
             self.geometry.lengths,
@@ -119,8 +116,9 @@ class SwitchLoRA(LoRA):
             slots = int(self.geometry.spare[j])
             limits = bounds(self.config.lora_init, layer.rank, layer.out_features, layer.in_features)
             for side in (0, 1):
-                shape = (slots, int(self.geometry.lengths[2 * j + side]))
-                self.pools.fill(2 * j + side, draw(limits[side], shape, ctx.seed, layer.name, "candidates", side))
+                length = layer.rows if side else layer.columns
+                drawn = draw(limits[side], (slots, length.size), ctx.seed, layer.name, "candidates", side)
+                self.pools.fill(2 * j + side, length.take(drawn, 1))
 
     def before_step(self, step: int, ctx: Context) -> None:
         """Switch, freeze, and start moving the candidates of the next step to the device."""
@@ -149,8 +147,8 @@ class SwitchLoRA(LoRA):
         seen.index_add_(0, plan.changed(seen.device), incoming, alpha=-1)
         for j, v_start, u_start, vectors in plan.blocks:
             layer = self._layers[j]
-            v_KN = seen[v_start : v_start + vectors * layer.in_features].view(vectors, layer.in_features)
-            u_KM = seen[u_start : u_start + vectors * layer.out_features].view(vectors, layer.out_features)
+            v_KN = seen[v_start : v_start + vectors * layer.columns.padded].view(vectors, -1)
+            u_KM = seen[u_start : u_start + vectors * layer.rows.padded].view(vectors, -1)
             layer.fold(u_KM, v_KN)
 
     def _plan(self, step: int, ctx: Context) -> SwitchPlan:
@@ -208,7 +206,7 @@ class SwitchLoRA(LoRA):
 
     def counters(self) -> dict[str, float]:
         moved, self._moved = self._moved, 0
-        return {"switched_vectors": moved}
+        return {"switched_vectors": int(self._state.sum_over_stages(torch.tensor([moved])))}
 
     def candidates(self) -> str:
         return "host" if self.config.offload_candidates else "device"
@@ -217,19 +215,23 @@ class SwitchLoRA(LoRA):
         return {f"candidates ({self.candidates()})": self.pools.nbytes}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"switched": self.switched.tolist(), "history": self.history.tolist()}
+        switched = {layer.name: count for layer, count in zip(self._layers, self.switched.tolist(), strict=True)}
+        history = {layer.name: self.history[:, j].tolist() for j, layer in enumerate(self._layers)}
+        return {"switched": switched, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        history = np.array(state["history"], dtype=np.int64)
-        if history.shape != self.history.shape or len(state["switched"]) != len(self.switched):
+        names = [layer.name for layer in self._layers]
+        lost = [name for name in names if len(state["history"].get(name, ())) != len(self.history)]
+        if lost:
             raise ConfigError(
                 "the checkpoint was made with another --switch-freeze-steps or other adapted matrices",
-                f"history {history.shape}",
-                self.history.shape,
+                f"{lost[0]}: {len(state['history'].get(lost[0], ()))} steps of history",
+                len(self.history),
             )
+        history = np.array([state["history"][name] for name in names], dtype=np.int64).reshape(len(names), -1).T
         self._planned = None
         counts = history[-1].copy()
-        self.switched[:] = np.array(state["switched"]) - counts
+        self.switched[:] = np.array([state["switched"][name] for name in names], dtype=np.int64) - counts
         self.history[1:] = history[:-1]
         self._advance(counts)
 
@@ -237,11 +239,11 @@ class SwitchLoRA(LoRA):
         found = []
         for j, layer in enumerate(self._layers):
             slots = int(self.geometry.spare[j])
-            for side, factor in ((2 * j, "A"), (2 * j + 1, "B")):
-                shape = (slots, int(self.geometry.lengths[side]))
+            for side, factor, length in ((2 * j, "A", layer.columns), (2 * j + 1, "B", layer.rows)):
                 if slots:
-                    rows = self.pools.local(side)
-                    found.append(SavedTensor(f"{layer.name}.{factor}", shape, self.pools.rank, self.pools.world, rows))
+                    shape, rows = (slots, length.size), self.pools.local(side)
+                    name, first, step = f"{layer.name}.{factor}", self.pools.rank, self.pools.world
+                    found.append(SavedTensor(name, shape, first, step, length, rows))
         return found
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError, unknown_name
+from megalowrank.parallel.partition import share
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -120,3 +121,22 @@ def _complete_positions(config: ModelConfig, length: int | None) -> None:
         raise ConfigError(
             "--max-position-embeddings is shorter than --seq-length", config.max_position_embeddings, f">= {length}"
         )
+
+
+def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
+    """Raise ConfigError unless ``ranks`` tensor-parallel ranks can share the model.
+
+    Heads are never cut and key/value heads never copied; other widths may leave the last ranks less, but not nothing.
+    """
+    heads, groups = config.num_attention_heads or 1, config.num_query_groups or 1
+    for flag, count in (("num-attention-heads", heads), ("num-query-groups", groups)):
+        if count % ranks:
+            raise ConfigError(
+                f"--{flag} must be a multiple of --tensor-model-parallel-size: heads are not copied to several ranks",
+                f"{count} and {ranks}",
+            )
+    for flag, width in (("ffn-hidden-size", config.ffn_hidden_size or 1), ("vocab-size", config.vocab_size or 1)):
+        if share(width, ranks - 1, ranks).real < 1:
+            raise ConfigError(
+                f"--{flag} leaves the last of --tensor-model-parallel-size ranks nothing", f"{width} and {ranks}"
+            )

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
-from megalowrank.lowrank.factors import LowRankFactors, folded_weights
+from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec, folded_weights
 from megalowrank.lowrank.fold import RESIDUAL_DTYPES
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters, Method
-from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES, completed
-from megalowrank.models.transformer import Chosen, Transformer, projections
+from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES, check_tensor_parallel, completed
+from megalowrank.models.projections import input_width, projections
+from megalowrank.models.transformer import Chosen, Placement, Transformer
+from megalowrank.parallel.partition import Share, share
 from megalowrank.parallel.rng import generator
 
 PARTS = {
@@ -31,12 +32,37 @@ Initial = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """A tensor as the whole model knows it: elements [start, start + numel of shape) of a parameter."""
+    """A tensor as the whole model knows it, and this rank's part of it.
+
+    The part is the padded block of ``shares`` (one per dimension) that begins at element ``start`` of ``parameter``.
+    ``replica``: another pipeline stage holds the same tensor, and counts it.
+    """
 
     name: str
     parameter: torch.nn.Parameter
     start: int
-    shape: tuple[int, ...]
+    shares: tuple[Share, ...]
+    replica: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the whole tensor."""
+        return tuple(part.size for part in self.shares)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Sizes of the block on this rank, padding included."""
+        return tuple(part.padded for part in self.shares)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the block on this rank."""
+        return torch.Size(self.stored).numel()
+
+    @property
+    def split(self) -> bool:
+        """Whether tensor-parallel ranks hold different parts of it."""
+        return any(part.padded < part.size for part in self.shares)
 
     @property
     def is_factor(self) -> bool:
@@ -44,14 +70,26 @@ class LogicalTensor:
         return self.name.endswith((".A", ".B"))
 
     def fill(self, value: torch.Tensor) -> None:
-        """Overwrite it in the whole, unsharded parameter; ``value`` has its shape."""
-        flat = self.parameter.data.view(-1)[self.start : self.start + value.numel()]
+        """Overwrite this rank's part, in a parameter no engine has cut; ``value`` is the whole tensor."""
+        for dim, part in enumerate(self.shares):
+            value = part.take(value, dim)
+        flat = self.parameter.data.view(-1)[self.start : self.start + self.numel]
         flat.copy_(value.reshape(-1))
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """An adapted matrix of the model, whatever rank holds it."""
+
+    name: str
+    rank: int
+    out_features: int
+    in_features: int
 
 
 @dataclass
 class BuiltModel:
-    """A model with its adapted matrices in global order and the logical names of all its tensors."""
+    """This rank's part of a model: its adapted matrices in global order and the logical names of its tensors."""
 
     module: Transformer
     layers: list[LowRankFactors]
@@ -80,37 +118,89 @@ def build_model(
     forward_dtype: torch.dtype | None = None,
     fold_residual: str = "int16",
     initial: Initial | None = None,
+    place: Placement | None = None,
 ) -> BuiltModel:
-    """Build and initialise a model on the CPU; every rank gets the same weights whatever its layout.
+    """Build and initialise this rank's ``place`` of a model on the CPU (default: all of it).
 
-    ``config`` is a completed one, ``length`` the longest sequence, ``dtype`` the precision of this model,
-    ``forward_dtype`` that of the forward pass if an engine casts it; ``initial`` gives the weights by logical name and
-    shape instead of drawing them. Raises ConfigError for patterns that
-    match nothing.
+    The weights are those of the same model whatever the layout: every tensor is drawn whole, keyed by its name, and
+    cut. ``config`` is a completed one, ``length`` the longest sequence, ``dtype`` the precision of this model,
+    ``forward_dtype`` that of the forward pass if an engine casts it; ``initial`` gives the weights by logical name
+    and shape instead of drawing them. Raises ConfigError for patterns that match nothing and for sizes that
+    tensor-parallel ranks cannot share.
     """
-    chosen = _choose(config, method.adapters())
-    module = Transformer(config, length, chosen, recompute, dtype)
-    layers, tensors = _name(module)
-    for tensor in tensors:
-        if initial is None:
-            _draw(tensor, seed, config.init_method_std)
-        elif not tensor.is_factor:
-            tensor.fill(initial(tensor.name, tensor.shape))
+    place = place or Placement()
+    check_tensor_parallel(config, place.wire.size)
+    adapters = method.adapters()
+    chosen, matrices = _choose(config, adapters)
+    module = Transformer(config, length, chosen, recompute, dtype, place)
+    layers, tensors = _name(module, chosen, config)
     forward_dtype = forward_dtype or dtype
-    warnings = method.initialise(layers, seed, forward_dtype)
+    source = _Source(config, method, seed, forward_dtype, initial, {matrix.name: matrix for matrix in matrices})
+    for tensor in tensors:
+        source.fill(tensor)
     if forward_dtype == torch.bfloat16:
         for folded in folded_weights(layers):
             folded.keep_residual(RESIDUAL_DTYPES[fold_residual])
-    return BuiltModel(module, layers, tensors, warnings)
+    return BuiltModel(module, layers, tensors, method.warnings(matrices))
 
 
-def _choose(config: ModelConfig, adapters: Adapters | None) -> list[Chosen]:
-    """Which projection of which block gets factors."""
+@dataclass(frozen=True)
+class _Source:
+    """Where initial values come from; ``matrices`` are the adapted ones by name."""
+
+    config: ModelConfig
+    method: Method
+    seed: int
+    forward_dtype: torch.dtype
+    initial: Initial | None
+    matrices: dict[str, MatrixShape]
+
+    @torch.no_grad()
+    def fill(self, tensor: LogicalTensor) -> None:
+        """Set this rank's part of a logical tensor."""
+        matrix = self.matrices.get(tensor.name.rsplit(".", 1)[0])
+        if matrix is None:
+            tensor.fill(self._plain(tensor))
+        elif tensor.name.endswith(".weight"):
+            tensor.fill(self._without_factors(tensor, matrix))
+        elif tensor.is_factor:
+            factors = self.method.initial_factors(matrix, self.seed, self.forward_dtype)
+            tensor.fill(factors[tensor.name.endswith(".B")])
+        else:
+            tensor.fill(self._plain(tensor))
+
+    def _without_factors(self, tensor: LogicalTensor, matrix: MatrixShape) -> torch.Tensor:
+        """W - s·B·A, made whole so that no layout changes its rounding."""
+        adapters = self.method.adapters()
+        assert adapters is not None
+        weight = self._plain(tensor)
+        A, Bt = (
+            factor.to(weight.dtype) for factor in self.method.initial_factors(matrix, self.seed, self.forward_dtype)
+        )
+        return weight.addmm_(-Bt.t(), A, alpha=adapters.spec.scale)
+
+    def _plain(self, tensor: LogicalTensor) -> torch.Tensor:
+        """The whole tensor as a model without factors has it: given, or N(0, std), ones for norms, zeros for biases."""
+        dtype = tensor.parameter.dtype
+        if self.initial is not None:
+            return self.initial(tensor.name, tensor.shape).to(dtype, copy=True)
+        if len(tensor.shape) == 1:
+            return torch.full(tensor.shape, float(tensor.name.endswith(".weight")), dtype=dtype)
+        source = generator(self.seed, tensor.name)
+        drawn = torch.empty(torch.Size(tensor.shape).numel()).normal_(
+            0.0, self.config.init_method_std, generator=source
+        )
+        return drawn.view(tensor.shape).to(dtype)
+
+
+def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen], list[MatrixShape]]:
+    """Which projection of which block gets factors, and all adapted matrices of the model in order."""
     blocks = projections(config)
     if adapters is None:
-        return [dict.fromkeys(blocks) for _ in range(config.num_layers or 0)]
+        return [dict.fromkeys(blocks) for _ in range(config.num_layers or 0)], []
     chosen: list[Chosen] = []
     names: list[str] = []
+    matrices: list[MatrixShape] = []
     for number in range(config.num_layers or 0):
         choice: Chosen = {}
         for projection, parts in blocks.items():
@@ -118,83 +208,78 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> list[Chosen]:
             names += logical
             choice[projection] = adapters.spec if adapted(projection, logical, adapters.patterns) else None
             if choice[projection] is not None:
-                columns = config.ffn_hidden_size if projection == "mlp.down" else config.hidden_size
-                _check_rank(adapters.spec.rank, logical, [rows for _, rows in parts], columns or 0)
+                rows = [count for _, count in parts]
+                matrices += _shapes(adapters.spec, logical, rows, input_width(config, projection))
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
-    return chosen
+    return chosen, matrices
 
 
-def _check_rank(rank: int, names: list[str], rows: list[int], columns: int) -> None:
-    """Refuse factors that are larger than their matrix."""
+def _shapes(spec: LowRankSpec, names: Sequence[str], rows: Sequence[int], columns: int) -> list[MatrixShape]:
+    """The matrices of an adapted projection; factors that are larger than their matrix are refused."""
     for name, count in zip(names, rows, strict=True):
-        if rank > min(count, columns):
+        if spec.rank > min(count, columns):
             raise ConfigError(
                 f"--lora-rank is larger than the matrix {name} [{count}, {columns}]",
-                rank,
+                spec.rank,
                 f"<= {min(count, columns)}, or a --lora-target that leaves it out",
             )
+    return [MatrixShape(name, spec.rank, count, columns) for name, count in zip(names, rows, strict=True)]
 
 
-def _name(module: Transformer) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
+def _name(
+    module: Transformer, chosen: Sequence[Chosen], config: ModelConfig
+) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
     """Give every matrix its logical name and global index, and list all logical tensors."""
+    parts = projections(config)
+    counts = [sum(len(parts[name]) for name, spec in choice.items() if spec is not None) for choice in chosen]
     layers: list[LowRankFactors] = []
-    tensors = list(_whole(module, "embedding"))
-    if module.position is not None:
-        tensors += _whole(module, "position")
-    for number, block in enumerate(module.layers):
+    tensors: list[LogicalTensor] = []
+    if module.embedding is not None:
+        tensors.append(_vocabulary(module, "embedding", replica=not module.place.begins))
+    tensors += _whole("position", module.position)
+    for number, block in zip(module.numbers, module.layers, strict=True):
+        first, added = sum(counts[:number]), []
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            tensors += _whole(module, f"layers.{number}.{norm}")
+            tensors += _whole(f"layers.{number}.{norm}", block.get_submodule(norm))
         for part, paths in PARTS.items():
             for path in paths:
                 linear = block.get_submodule(path)
                 assert isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear))
-                _name_linear(linear, f"layers.{number}.{part}", layers, tensors)
-    tensors += _whole(module, "norm")
-    set_tensor_model_parallel_attributes(module.embedding.weight, True, 0, 1)
-    if module.output.weight is not module.embedding.weight:
-        tensors += _whole(module, "output")
-        set_tensor_model_parallel_attributes(module.output.weight, True, 0, 1)
+                tensors += _name_linear(linear, f"layers.{number}.{part}")
+                added += linear.factors
+        for index, factors in enumerate(added, first):
+            factors.index = index
+        layers += added
+    tensors += _whole("norm", module.norm)
+    if module.output is not None and (module.embedding is None or module.output.weight is not module.embedding.weight):
+        tensors.append(_vocabulary(module, "output"))
     return layers, tensors
 
 
-def _whole(module: Transformer, path: str) -> Iterator[LogicalTensor]:
-    """The parameters of a module that are logical tensors as they are."""
-    for name, parameter in module.get_submodule(path).named_parameters():
-        yield LogicalTensor(f"{path}.{name}", parameter, 0, tuple(parameter.shape))
+def _vocabulary(module: Transformer, path: str, replica: bool = False) -> LogicalTensor:
+    """The table of the embedding or of the head, split by rows."""
+    weight = module.get_submodule(path).weight
+    assert isinstance(weight, torch.nn.Parameter)
+    return LogicalTensor(f"{path}.weight", weight, 0, (module.vocabulary, share(weight.shape[1])), replica)
+
+
+def _whole(path: str, module: torch.nn.Module | None) -> Iterator[LogicalTensor]:
+    """The parameters of a module that every tensor-parallel rank holds whole."""
+    for name, parameter in () if module is None else module.named_parameters():
+        yield LogicalTensor(f"{path}.{name}", parameter, 0, tuple(share(size) for size in parameter.shape))
 
 
 def _name_linear(
-    linear: LowRankColumnParallelLinear | LowRankRowParallelLinear,
-    prefix: str,
-    layers: list[LowRankFactors],
-    tensors: list[LogicalTensor],
-) -> None:
-    columns, row = linear.weight.shape[1], 0
-    split = 0 if isinstance(linear, LowRankColumnParallelLinear) else 1
-    set_tensor_model_parallel_attributes(linear.weight, True, split, 1)
+    linear: LowRankColumnParallelLinear | LowRankRowParallelLinear, prefix: str
+) -> Iterator[LogicalTensor]:
+    columns, row = linear.columns, 0
     for name, rows in linear.blocks:
-        tensors.append(LogicalTensor(f"{prefix}.{name}.weight", linear.weight, row * columns, (rows, columns)))
+        yield LogicalTensor(f"{prefix}.{name}.weight", linear.weight, row * columns.padded, (rows, columns))
         if linear.bias is not None:
-            tensors.append(LogicalTensor(f"{prefix}.{name}.bias", linear.bias, row, (rows,)))
-        row += rows
+            yield LogicalTensor(f"{prefix}.{name}.bias", linear.bias, row, (rows,))
+        row += rows.padded
     for factors in linear.factors:
-        factors.name, factors.index = f"{prefix}.{factors.name}", len(layers)
-        layers.append(factors)
-        set_tensor_model_parallel_attributes(factors.A if split else factors.Bt, True, 1, 1)
-        for factor, parameter in (("A", factors.A), ("B", factors.Bt)):
-            tensors.append(LogicalTensor(f"{factors.name}.{factor}", parameter, 0, tuple(parameter.shape)))
-
-
-@torch.no_grad()
-def _draw(tensor: LogicalTensor, seed: int, std: float) -> None:
-    """N(0, std) for matrices, ones for norms, zeros for biases; drawn whole and keyed by the logical name."""
-    kind = tensor.name.rsplit(".", 1)[-1]
-    if kind not in ("weight", "bias"):
-        return
-    count = torch.Size(tensor.shape).numel()
-    target = tensor.parameter.data.view(-1)[tensor.start : tensor.start + count]
-    if len(tensor.shape) == 1:
-        target.fill_(float(kind == "weight"))
-    else:
-        target.copy_(torch.empty(count).normal_(0.0, std, generator=generator(seed, tensor.name)))
+        factors.name, rank = f"{prefix}.{factors.name}", share(factors.rank)
+        yield LogicalTensor(f"{factors.name}.A", factors.A, 0, (rank, factors.columns))
+        yield LogicalTensor(f"{factors.name}.B", factors.Bt, 0, (rank, factors.rows))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
-)
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,21 +20,44 @@ from torch.utils.checkpoint import checkpoint
 
 from megalowrank.config import ModelConfig
 from megalowrank.lowrank.factors import LowRankSpec
-from megalowrank.lowrank.linear import Blocks, LowRankColumnParallelLinear, LowRankRowParallelLinear
+from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.models.architecture import architecture
 from megalowrank.models.layers import CausalAttention, GroupedSelfAttention, ParallelResidualLayer, rotary_angles
 from megalowrank.models.norms import norm_class
+from megalowrank.models.projections import input_width, projections
+from megalowrank.models.vocabulary import WordEmbedding, token_losses
+from megalowrank.parallel.partition import share
+from megalowrank.parallel.wire import Wire, mark_partial
 
 Chosen = dict[str, LowRankSpec | None]
 
 
-def transformer_config(config: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
+@dataclass(frozen=True)
+class Placement:
+    """The part of the model that a rank builds: its wire and the blocks [first, stop) of its pipeline stage.
+
+    ``begins`` with the embedding, ``ends`` with the head. ``ride`` says of each projection whether its low-rank
+    products ride (see ``Wire``); those not named do. The default is the whole model.
+    """
+
+    wire: Wire = field(default_factory=Wire)
+    blocks: tuple[int, int] | None = None
+    begins: bool = True
+    ends: bool = True
+    ride: dict[str, bool] = field(default_factory=dict)
+
+    def numbers(self, layers: int) -> range:
+        """Global numbers of the blocks of this stage, of ``layers`` in all."""
+        return range(*(self.blocks or (0, layers)))
+
+
+def transformer_config(config: ModelConfig, dtype: torch.dtype, wire: Wire) -> TransformerConfig:
     """megatron-core's configuration of the blocks; weights are left for ``build`` to draw."""
     shape = architecture(config)
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
+        ffn_hidden_size=share(config.ffn_hidden_size or 0, wire.rank, wire.size).padded * wire.size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         normalization=shape.norm,
@@ -56,31 +75,23 @@ def transformer_config(config: ModelConfig, dtype: torch.dtype) -> TransformerCo
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        tensor_model_parallel_size=wire.size,
+        sequence_parallel=wire.sequence,
     )
 
 
-def projections(config: ModelConfig) -> dict[str, Blocks]:
-    """The fused projections of one block: (logical name, rows of W) of each matrix, in order of computation."""
-    head = (config.hidden_size or 0) // (config.num_attention_heads or 1)
-    queries, keys = head * (config.num_attention_heads or 1), head * (config.num_query_groups or 1)
-    ffn, hidden = config.ffn_hidden_size or 0, config.hidden_size or 0
-    first: dict[str, Blocks] = {"mlp.up": (("up", ffn),)}
-    if architecture(config).gated:
-        first = {"mlp.gate_up": (("gate", ffn), ("up", ffn))}
-    return {
-        "attention.qkv": (("q", queries), ("k", keys), ("v", keys)),
-        "attention.o": (("o", hidden),),
-        **first,
-        "mlp.down": (("down", hidden),),
-    }
-
-
-def block_spec(config: ModelConfig, chosen: Chosen) -> ModuleSpec:
+def block_spec(config: ModelConfig, chosen: Chosen, place: Placement) -> ModuleSpec:
     """The modules of one transformer block, with low-rank factors where ``chosen`` has a spec."""
     shape = architecture(config)
     norm = norm_class(shape.norm, config.norm_impl)
     parameters: list[dict[str, Any]] = [
-        {"blocks": blocks, "lowrank": chosen[name]} for name, blocks in projections(config).items()
+        {
+            "blocks": blocks,
+            "columns": input_width(config, name),
+            "lowrank": chosen[name],
+            "wire": place.wire.schedule(place.ride.get(name, True)),
+        }
+        for name, blocks in projections(config).items()
     ]
     qkv, o, first, down = parameters
     attention = SelfAttentionSubmodules(
@@ -109,63 +120,95 @@ def block_spec(config: ModelConfig, chosen: Chosen) -> ModuleSpec:
     )
 
 
-def token_losses(logits_SBV: torch.Tensor, labels_SB: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token [S, B]; float64 takes torch's, since megatron-core's works in float32."""
-    if logits_SBV.dtype == torch.float64:
-        return F.cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), reduction="none").view_as(labels_SB)
-    return vocab_parallel_cross_entropy(logits_SBV, labels_SB)
-
-
 class Transformer(torch.nn.Module):
-    """Tokens [B, S + 1] -> mean next-token cross-entropy in nats (scalar, float32 or float64).
+    """A decoder, or the part of it that one pipeline stage holds.
 
-    ``config`` is one that ``architecture.completed`` returns. A tied head is a second module around the one
-    embedding parameter, so that an engine that gathers parameters module by module finds it in both.
+    Whole: tokens [B, S + 1] -> mean next-token cross-entropy in nats (scalar, float32 or float64). ``config`` is one
+    that ``architecture.completed`` returns; ``chosen`` has an entry for every block of the model. A tied head is a
+    second module around the one embedding parameter, so that an engine that gathers parameters module by module
+    finds it in both; the last of several stages has a copy of that parameter. Between blocks activations are
+    [S, B, H], under sequence parallelism this rank's part of S.
     """
 
     def __init__(
-        self, config: ModelConfig, length: int, chosen: list[Chosen], recompute: bool, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        length: int,
+        chosen: Sequence[Chosen],
+        recompute: bool,
+        dtype: torch.dtype,
+        place: Placement,
     ) -> None:
         super().__init__()
-        shape, core = architecture(config), transformer_config(config, dtype)
-        vocabulary, hidden = config.vocab_size, core.hidden_size
-        self.recompute = recompute
-        self.embedding = VocabParallelEmbedding(vocabulary, hidden, init_method=core.init_method, config=core)
+        shape, core, wire = architecture(config), transformer_config(config, dtype, place.wire), place.wire
+        hidden = core.hidden_size
+        self.recompute, self.wire, self.place = recompute, wire, place
+        self.vocabulary = share(config.vocab_size or 0, wire.rank, wire.size)
+        self.embedding: Any = None
+        if place.begins or (place.ends and shape.tied_output):
+            self.embedding = WordEmbedding(self.vocabulary, hidden, wire, core)
         self.position: torch.nn.Embedding | None = None
-        if shape.rotary_percent is None:
+        if place.begins and shape.rotary_percent is None:
             self.position = torch.nn.Embedding(config.max_position_embeddings or length, hidden, dtype=dtype)
-        self.layers = torch.nn.ModuleList(_block(config, core, choice, number) for number, choice in enumerate(chosen))
-        self.norm = norm_class(shape.norm, config.norm_impl)(core, hidden, eps=core.layernorm_epsilon)
-        self.output = ColumnParallelLinear(
-            hidden, vocabulary, config=core, init_method=core.init_method, bias=False,
-            skip_weight_param_allocation=shape.tied_output,
-        )  # fmt: skip
-        if shape.tied_output:
-            self.output.weight = self.embedding.weight
+        self.numbers = place.numbers(core.num_layers)
+        self.layers = torch.nn.ModuleList(_block(config, core, chosen[i], i, place) for i in self.numbers)
+        self.norm: Any = None
+        self.output: Any = None
+        if place.ends:
+            self.norm = norm_class(shape.norm, config.norm_impl)(core, hidden, eps=core.layernorm_epsilon)
+            self.output = _head(config, core, wire, self.embedding.weight if shape.tied_output else None)
+        if wire.sequence:
+            self._mark_partial()
         self.angles: torch.Tensor | None = None
         if shape.rotary_percent is not None:
             angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             self.angles = rotary_angles(config.rotary_width(), length, config.rotary_base or 0.0, angle_dtype)
 
-    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [S, B, V]."""
-        hidden = self.embedding(tokens_BS).transpose(0, 1)
-        if self.position is not None:
-            places = torch.arange(hidden.shape[0], device=hidden.device)
-            hidden = hidden + self.position(places)[:, None, :]
-        hidden = hidden.contiguous()
+    def _mark_partial(self) -> None:
+        """With the sequence split, norms and positions see only this rank's part of it."""
+        names = ("input_layernorm", "pre_mlp_layernorm")
+        norms = [block.get_submodule(name) for block in self.layers for name in names]
+        for module in (*norms, self.norm, self.position):
+            for parameter in () if module is None else module.parameters():
+                mark_partial(parameter)
+
+    def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [S, B, H]."""
+        return self.add_positions(self.embedding(tokens_BS))
+
+    def add_positions(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Learned positions, if the family has them."""
+        if self.position is None:
+            return hidden
+        first = self.wire.rank * hidden.shape[0] if self.wire.sequence else 0
+        places = torch.arange(first, first + hidden.shape[0], device=hidden.device)
+        return (hidden + self.position(places)[:, None, :]).contiguous()
+
+    def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The blocks of this stage."""
         if self.angles is not None and self.angles.device != hidden.device:
             self.angles = self.angles.to(hidden.device)
-        angles = None if self.angles is None else self.angles[: hidden.shape[0]]
+        length = hidden.shape[0] * (self.wire.size if self.wire.sequence else 1)
+        angles = None if self.angles is None else self.angles[:length]
         for layer in self.layers:
             hidden = self._run(layer, hidden, angles)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, B, H] -> logits [S, B, V], this rank's rows of the vocabulary."""
         return self.output(self.norm(hidden))[0]
+
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [S, B, V]."""
+        return self.head(self.run_blocks(self.embed(tokens_BS)))
+
+    def loss(self, logits_SBV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the labels."""
+        return token_losses(logits_SBV, labels_BS.t().contiguous(), self.vocabulary, self.wire).mean()
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of tokens 1.. given those before."""
-        logits_SBV = self.logits(tokens_BT[:, :-1])
-        labels_SB = tokens_BT[:, 1:].t().contiguous()
-        return token_losses(logits_SBV, labels_SB).mean()
+        return self.loss(self.logits(tokens_BT[:, :-1]), tokens_BT[:, 1:])
 
     def _run(self, layer: torch.nn.Module, hidden: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and self.training:
@@ -173,13 +216,29 @@ class Transformer(torch.nn.Module):
         return _apply(layer, hidden, angles)
 
 
-def _block(config: ModelConfig, core: TransformerConfig, chosen: Chosen, number: int) -> Any:
+def _head(
+    config: ModelConfig, core: TransformerConfig, wire: Wire, tied: torch.nn.Parameter | None
+) -> LowRankColumnParallelLinear:
+    """The output projection; ``tied`` is the weight it shares."""
+    vocabulary = config.vocab_size or 0
+    rows = share(vocabulary, wire.rank, wire.size).padded * wire.size
+    head = LowRankColumnParallelLinear(
+        core.hidden_size, rows, config=core, init_method=core.init_method, bias=False,
+        skip_weight_param_allocation=tied is not None,
+        blocks=(("output", vocabulary),), columns=core.hidden_size, lowrank=None, wire=wire,
+    )  # fmt: skip
+    if tied is not None:
+        head.weight = tied
+    return head
+
+
+def _block(config: ModelConfig, core: TransformerConfig, chosen: Chosen, number: int, place: Placement) -> Any:
     """One block whose linears add their bias themselves.
 
     megatron-core would hand some biases to the caller, for fusions that are off here. A product with its bias is
     one kernel, and ZeRO-3 would have to gather such a bias again after its module is done.
     """
-    block = build_module(block_spec(config, chosen), config=core, layer_number=number + 1)
+    block = build_module(block_spec(config, chosen, place), config=core, layer_number=number + 1)
     for linear in block.modules():
         if isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear)):
             linear.skip_bias_add = False

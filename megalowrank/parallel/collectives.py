@@ -26,6 +26,13 @@ def sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return tensor
 
 
+def max_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """The largest of every element of ``tensor`` over ``group``, in place. Every rank of the group calls it."""
+    if group_size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def mean_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Average ``tensor`` in place over ``group`` and return it. Every rank of the group calls it."""
     return sum_over(tensor, group).div_(group_size(group))
@@ -35,12 +42,13 @@ def all_true(ok: bool, group: Any) -> bool:
     """Whether every rank of ``group`` passes True; every rank calls it and gets the same answer."""
     if group_size(group) == 1:
         return ok
-    flag = torch.tensor([int(ok)], dtype=torch.int32, device=_device(group))
+    flag = torch.tensor([int(ok)], dtype=torch.int32, device=device_of(group))
     dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
     return bool(flag.item())
 
 
-def _device(group: Any) -> torch.device:
+def device_of(group: Any) -> torch.device:
+    """Where tensors for collectives of ``group`` live."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
@@ -66,8 +74,23 @@ def from_first_rank(compute: Callable[[], str], group: Any, rank: int) -> str:
     return answer[1:]
 
 
+def gather_texts(text: str, group: Any) -> list[str]:
+    """The texts of all ranks of ``group``, by rank. Every rank calls it."""
+    if group_size(group) == 1:
+        return [text]
+    own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device_of(group))
+    sizes = torch.zeros(group_size(group), dtype=torch.int64, device=own.device)
+    sizes[dist.get_rank(group)] = own.numel()
+    dist.all_reduce(sizes, group=group)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=own.device)
+    padded[: own.numel()] = own
+    found = [torch.empty_like(padded) for _ in range(group_size(group))]
+    dist.all_gather(found, padded, group=group)
+    return [bytes(t[:size].cpu().tolist()).decode() for t, size in zip(found, sizes.tolist(), strict=True)]
+
+
 def _broadcast(text: str, group: Any, rank: int) -> str:
-    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(_device(group))
+    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device_of(group))
     size = torch.tensor([data.numel() if rank == 0 else 0], dtype=torch.int64, device=data.device)
     dist.all_reduce(size, group=group)
     if rank != 0:

@@ -10,41 +10,125 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megalowrank.config import ParallelConfig
+from megalowrank.errors import ConfigError
+from megalowrank.parallel.wire import Wire
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups a rank belongs to. ``data`` holds the ranks that hold the same part of the model."""
+    """The groups a rank belongs to, with its place in each.
+
+    ``data`` holds the ranks that hold the same part of the model, ``tensor`` those that share every layer of a
+    pipeline stage, ``pipe`` one rank of every stage, ``stage`` all ranks of this stage, ``everyone`` the job. Ranks
+    count tensor-parallel ranks fastest and stages slowest: rank = (stage · data size + data rank) · tensor size + rank.
+    """
 
     data: Any
     data_rank: int
     data_size: int
+    tensor: Any
+    tensor_rank: int
+    tensor_size: int
+    pipe: Any
+    pipe_rank: int
+    pipe_size: int
+    stage: Any
+    everyone: Any
     rank: int
     world: int
+    sequence: bool = False
 
     def labels(self) -> dict[tuple[int, ...], str]:
         """Names of groups by their ranks, ascending; where two groups have the same ranks, the inner one's."""
-        return {tuple(range(self.world)): "world", tuple(sorted(dist.get_process_group_ranks(self.data))): "data"}
+        known = {
+            "world": self.everyone, "stage": self.stage, "pipe": self.pipe, "data": self.data, "tensor": self.tensor,
+        }  # fmt: skip
+        return {tuple(sorted(dist.get_process_group_ranks(group))): name for name, group in known.items()}
+
+    def wire(self) -> Wire:
+        """What the linears of this rank talk over."""
+        return Wire(self.tensor, self.tensor_rank, self.tensor_size, self.sequence)
+
+    @property
+    def first_of_data(self) -> bool:
+        """Whether this rank is the first of its replicas."""
+        return self.data_rank == 0
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an ``mpu``, answered by megatron-core.
+
+    It must not have ``initialize_sequence_parallel``: ZeRO would take that for another kind of parallelism.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "initialize_sequence_parallel":
+            raise AttributeError(name)
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+    def get_pipe_parallel_group(self) -> Any:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def data_parallel_size(config: ParallelConfig, world: int) -> int:
+    """Ranks that hold the same part of the model; ConfigError if the sizes do not divide ``world``."""
+    tensor, pipe = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world % (tensor * pipe):
+        raise ConfigError(
+            "--tensor-model-parallel-size times --pipeline-model-parallel-size must divide the number of ranks",
+            f"{tensor} x {pipe} and {world} rank(s)",
+        )
+    return world // (tensor * pipe)
 
 
 def initialize_groups(config: ParallelConfig) -> Groups:
     """Build the process groups; every rank calls it, after torch.distributed is initialised.
 
-    Idempotent in one process: a second call returns the groups that exist.
+    A second call in one process with the same sizes returns the groups that exist; with other sizes it builds them
+    anew. Raises ConfigError if the sizes do not divide the number of ranks.
     """
+    data_parallel_size(config, dist.get_world_size())
+    sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if parallel_state.model_parallel_is_initialized() and sizes != (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    ):
+        parallel_state.destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            tensor_model_parallel_size=sizes[0],
+            pipeline_model_parallel_size=sizes[1],
             distributed_timeout_minutes=config.distributed_timeout_minutes,
         )
-    group = parallel_state.get_data_parallel_group()
+    data, tensor = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    pipe = parallel_state.get_pipeline_model_parallel_group()
     return Groups(
-        data=group,
-        data_rank=dist.get_rank(group),
-        data_size=dist.get_world_size(group),
+        data=data,
+        data_rank=dist.get_rank(data),
+        data_size=dist.get_world_size(data),
+        tensor=tensor,
+        tensor_rank=dist.get_rank(tensor),
+        tensor_size=dist.get_world_size(tensor),
+        pipe=pipe,
+        pipe_rank=dist.get_rank(pipe),
+        pipe_size=dist.get_world_size(pipe),
+        stage=parallel_state.get_tensor_and_data_parallel_group(),
+        everyone=dist.group.WORLD,
         rank=dist.get_rank(),
         world=dist.get_world_size(),
+        sequence=config.sequence_parallel,
     )
 
 

@@ -274,7 +274,7 @@ def dense(case: dict[str, Any], world: int) -> Run:
         return [[(rank, batch(step, micro).chunk(world)[rank]) for micro, rank in group] for group in order]
 
     def evaluate(groups: list[list[tuple[int, torch.Tensor]]]) -> torch.Tensor:
-        return mean_of_ranks([(rank, engine.eval_step(tokens)) for group in groups for rank, tokens in group])
+        return mean_of_ranks([(rank, engine.eval_step([tokens]).float()) for group in groups for rank, tokens in group])
 
     return train(model, engine, method, ctx, shares, evaluate)
 
@@ -313,7 +313,7 @@ def sharded(case: dict[str, Any], groups: Groups) -> Run:
         return [batch(step, m).chunk(groups.data_size)[groups.data_rank] for m in range(case.get("micro", 1))]
 
     def evaluate(own: list[torch.Tensor]) -> torch.Tensor:
-        total = sum((engine.eval_step(tokens) for tokens in own), torch.zeros(()))
+        total = sum((engine.eval_step([tokens]).float() for tokens in own), torch.zeros(()))
         return mean_over(total.div_(len(own)), groups.data)
 
     run = train(model, engine, method, ctx, shares, evaluate)

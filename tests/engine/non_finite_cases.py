@@ -142,6 +142,8 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         instruments=SimpleNamespace(update=lambda step: nullcontext(), counters=dict),  # type: ignore[arg-type]
         memory=lambda: 0,
         save=lambda position: None,
+        check=SimpleNamespace(due=lambda step: False),  # type: ignore[arg-type]
+        ranks=ctx.data_size,
         bytes_per_token=None,
         flops_per_token=0.0,
         peak_flops=None,

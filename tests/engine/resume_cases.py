@@ -53,7 +53,7 @@ class Process:
         self.model, self.method, self.engine, self.groups = model, method, engine, groups
         self.ctx = context(model, engine, groups.data_rank, groups.data_size)
         method.start(self.ctx)
-        tensors = RunTensors(model, engine.state, method, groups.data_rank)
+        tensors = RunTensors(model, engine.state, method, groups)
         self.state = RunState(engine, method, tensors, groups, run_json(case, method))
         self.losses: list[float] = []
         self.switches: list[int] = []

@@ -20,7 +20,8 @@ from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
-from megalowrank.models.accounting import Bytes, Layout, predicted_bytes
+from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.memory import Bytes, predicted_bytes
 from megalowrank.models.build import BuiltModel, build_gpt, build_llama
 from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import Groups, initialize_groups, initialize_single_process

@@ -146,7 +146,7 @@ def train(
         method.before_step(update, ctx)
         batch = torch.from_numpy(data["train"][update]).long().chunk(world)[rank]
         losses.append(float(engine.train_step([batch], record["lr"][update]).loss))
-    return losses, float(engine.eval_step(torch.from_numpy(data["val"]).long()))
+    return losses, float(engine.eval_step([torch.from_numpy(data["val"]).long()]))
 
 
 def dense(golden: Golden, dtype: torch.dtype) -> tuple[list[float], float]:

@@ -13,6 +13,7 @@ from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.fold import RESIDUAL_DTYPES, FoldedWeight, WeightPiece, join_residual, split_residual
 from megalowrank.methods.base import Context
 from megalowrank.methods.switchlora import SwitchLoRA, SwitchLoRAConfig
+from tests.methods.ring import start_factors
 
 # ---------------------------------------------------------------- residuals
 
@@ -183,7 +184,7 @@ def drift(residual: str) -> tuple[float, int]:
     layer = LowRankFactors("layer", A, Bt, FoldedWeight(parameter), 0, 1 / RANK)
     layer.index = 0
     method = SwitchLoRA(SwitchLoRAConfig(switch_interval=INTERVAL, switch_schedule="constant", lora_rank=RANK))
-    method.initialise([layer], 0, torch.bfloat16)
+    start_factors(method, [layer], 0, torch.bfloat16)
     layer.weight.keep_residual(RESIDUAL_DTYPES[residual])
     module = torch.nn.Module()
     for name, p in (("W", parameter), ("A", A), ("B", Bt)):

@@ -1,23 +1,26 @@
-"""The low-rank linear against plain autograd in float64, as a function and inside both parallel linears."""
+"""The low-rank linears on one rank against plain autograd in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megalowrank.config import ModelConfig
 from megalowrank.lowrank.factors import LowRankSpec
-from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankFunction, LowRankRowParallelLinear
-from megalowrank.models.transformer import transformer_config
-from megalowrank.parallel.groups import initialize_single_process
+from megalowrank.lowrank.functions import LowRankColumnFunction, LowRankRowFunction
+from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
+from megalowrank.parallel.partition import share
+from megalowrank.parallel.wire import Wire, partial_parameters
+from tests.lowrank.linear_cases import core_config
 
+FUNCTIONS = {"column": LowRankColumnFunction, "row": LowRankRowFunction}
 GROUPS = {"single": [(6, 3)], "gate and up": [(5, 2), (5, 2)], "grouped query": [(6, 4), (2, 1), (3, 5)]}
 """(rows of W, rank) of every logical matrix."""
 IN, SCALE = 7, 0.37
 LEADS = [(4,), (3, 2), (2, 1, 3)]
+ALONE = [Wire(), Wire(sequence=True, ride=False)]
 
 
 def leaf(*shape: int, seed: int) -> torch.Tensor:
@@ -43,20 +46,21 @@ def plain(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, A: Any, B
     return y if bias is None else y + bias
 
 
-def function(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, A: Any, Bt: Any) -> torch.Tensor:
-    return LowRankFunction.apply(x, W, bias, SCALE, *A, *Bt)
+def function(kind: str, x: Any, W: Any, bias: Any, A: Any, Bt: Any, wire: Wire = ALONE[0]) -> torch.Tensor:
+    return FUNCTIONS[kind].apply(x, W, bias, SCALE, wire, *A, *Bt)
 
 
 def leaves(given: dict[str, Any]) -> list[torch.Tensor]:
     return [t for t in (given["x"], given["bias"], *given["A"], *given["Bt"]) if t is not None and t.requires_grad]
 
 
+@pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=list(GROUPS))
 @pytest.mark.parametrize("lead", LEADS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_and_backward(groups: list[tuple[int, int]], lead: tuple[int, ...], bias: bool) -> None:
+def test_forward_and_backward(kind: str, groups: list[tuple[int, int]], lead: tuple[int, ...], bias: bool) -> None:
     given = inputs(groups, lead, bias)
-    found, expected = function(**given), plain(**given)
+    found, expected = function(kind, **given), plain(**given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     own = torch.autograd.grad((found * weights).sum(), leaves(given))
@@ -66,38 +70,71 @@ def test_forward_and_backward(groups: list[tuple[int, int]], lead: tuple[int, ..
         assert float(mine.abs().max()) > 0.01
 
 
+def composed(x: Any, W: Any, bias: Any, A: Any, Bt: Any, dy: Any) -> list[torch.Tensor]:
+    """The products of one rank in the order that golden runs and comparisons of engines rely on."""
+    u = (x @ torch.cat(A).t()) * SCALE
+    spans = [b.shape for b in Bt]
+    us, dys = u.split([rank for rank, _ in spans], 1), dy.split([out for _, out in spans], 1)
+    ys = F.linear(x, W, bias).split([out for _, out in spans], 1)
+    y = torch.cat([torch.addmm(part, own, b) for part, own, b in zip(ys, us, Bt, strict=True)], 1)
+    du = torch.cat([part @ b.t() for part, b in zip(dys, Bt, strict=True)], 1) * SCALE
+    dx = torch.addmm(dy @ W, du, torch.cat(A))
+    grad_A = (du.t() @ x).split([a.shape[0] for a in A])
+    return [y, dx, dy.sum(0), *grad_A, *(own.t() @ part for own, part in zip(us, dys, strict=True))]
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wire", ALONE, ids=["default", "sequence"])
+def test_one_rank_computes_as_ever(kind: str, dtype: torch.dtype, wire: Wire) -> None:
+    """Bit by bit, whatever the wire says: no process group is needed and nothing is reordered."""
+    given = inputs(GROUPS["grouped query"], (40,), True)
+    cast = {name: [t.detach().to(dtype).requires_grad_() for t in given[name]] for name in ("A", "Bt")}
+    cast |= {name: given[name].detach().to(dtype).requires_grad_(name != "W") for name in ("x", "W", "bias")}
+    dy = leaf(40, 11, seed=5).detach().to(dtype)
+    y = function(kind, **cast, wire=wire)
+    own = [y, *torch.autograd.grad(y, leaves(cast), dy)]
+    with torch.no_grad():
+        reference = composed(**cast, dy=dy)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own, reference, strict=True))
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=list(GROUPS))
-def test_finite_differences(groups: list[tuple[int, int]]) -> None:
+def test_finite_differences(kind: str, groups: list[tuple[int, int]]) -> None:
     given = inputs(groups, (3,), True)
     count = len(groups)
 
     def call(x: torch.Tensor, bias: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        return function(x, given["W"], bias, factors[:count], factors[count:])
+        return function(kind, x, given["W"], bias, factors[:count], factors[count:])
 
     assert torch.autograd.gradcheck(call, leaves(given))
 
 
-def test_input_and_bias_that_need_no_gradient() -> None:
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_input_and_bias_that_need_no_gradient(kind: str) -> None:
     """The first layer of a model, and a frozen bias."""
     given = inputs(GROUPS["grouped query"], (4,), True)
     given["x"], given["bias"] = given["x"].detach(), given["bias"].detach()
-    own = torch.autograd.grad(function(**given).square().sum(), leaves(given))
+    own = torch.autograd.grad(function(kind, **given).square().sum(), leaves(given))
     other = torch.autograd.grad(plain(**given).square().sum(), leaves(given))
     assert len(own) == 6
     for mine, theirs in zip(own, other, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
-def test_a_gradient_that_is_not_contiguous() -> None:
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_a_gradient_that_is_not_contiguous(kind: str) -> None:
     given = inputs(GROUPS["grouped query"], (4, 3), False)
     weights = torch.randn(11, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).permute(2, 1, 0)
-    own = torch.autograd.grad(function(**given), leaves(given), weights)
+    own = torch.autograd.grad(function(kind, **given), leaves(given), weights)
     other = torch.autograd.grad(plain(**given), leaves(given), weights)
     for mine, theirs in zip(own, other, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-def test_only_the_input_and_the_narrow_product_are_kept() -> None:
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_only_the_input_and_the_narrow_product_are_kept(kind: str) -> None:
     """Beside x, W and the factors nothing wider than the sum of the ranks is saved for the backward pass."""
     given = inputs(GROUPS["gate and up"], (50,), False)
     saved: list[torch.Tensor] = []
@@ -107,7 +144,7 @@ def test_only_the_input_and_the_narrow_product_are_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(**given)
+        function(kind, **given)
     known = {t.data_ptr() for t in (given["x"], given["W"], *given["A"], *given["Bt"])}
     assert [tuple(t.shape) for t in saved if t.data_ptr() not in known] == [(50, 4)]
 
@@ -115,18 +152,11 @@ def test_only_the_input_and_the_narrow_product_are_kept() -> None:
 # ---------------------------------------------------------------- inside megatron-core's linears
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    initialize_single_process(str(tmp_path_factory.mktemp("store") / "store"))
-    yield
-
-
 def linear(kind: type, blocks: Any, spec: LowRankSpec | None, bias: bool = False, **more: Any) -> Any:
-    config = transformer_config(ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2,
-                                            num_query_groups=1, vocab_size=8), torch.float64)  # fmt: skip
-    rows = sum(out for _, out in blocks)
-    module = kind(IN, rows, config=config, init_method=torch.nn.init.zeros_, bias=bias, blocks=blocks, lowrank=spec,
-                  **more)  # fmt: skip
+    """A module on one rank with drawn parameters."""
+    wire, rows = Wire(), sum(out for _, out in blocks)
+    module = kind(IN, rows, config=core_config(wire, torch.float64), init_method=None, bias=bias, blocks=blocks,
+                  columns=IN, lowrank=spec, wire=wire, **more)  # fmt: skip
     for number, parameter in enumerate(module.parameters()):
         parameter.data.copy_(leaf(*parameter.shape, seed=number).detach())
     return module
@@ -142,7 +172,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("late", [False, True])
-def test_parallel_linears(one_process: None, kind: str, bias: bool, late: bool) -> None:
+def test_parallel_linears(kind: str, bias: bool, late: bool) -> None:
     """One and three matrices; a late bias is handed to the caller instead of added."""
     cls, flags = KINDS[kind]
     for blocks in ((("o", 6),), (("q", 6), ("k", 2), ("v", 3))):
@@ -160,19 +190,20 @@ def test_parallel_linears(one_process: None, kind: str, bias: bool, late: bool) 
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
         trained = [name for name, p in module.named_parameters() if p.requires_grad]
         assert trained == [n for n, _ in module.named_parameters() if n != "weight"]
+        assert not partial_parameters(module)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_factors_it_is_a_trained_linear(one_process: None, kind: str) -> None:
+def test_without_factors_it_is_a_trained_linear(kind: str) -> None:
     cls, flags = KINDS[kind]
     module, x = linear(cls, (("o", 6),), None, **flags), leaf(4, IN, seed=99)
     y, _ = module(x)
-    torch.testing.assert_close(y, x @ module.weight.t(), rtol=0, atol=1e-12)
+    assert torch.equal(y, F.linear(x, module.weight))
     y.sum().backward()
     assert [name for name, p in module.named_parameters() if p.grad is not None] == ["weight"] and not module.factors
 
 
-def test_factors_know_their_rows_of_the_fused_weight(one_process: None) -> None:
+def test_factors_know_their_rows_of_the_fused_weight() -> None:
     """A fold of one logical matrix changes its rows alone, by s · uᵀ v; gates mask the gradient of frozen rows."""
     cls, flags = KINDS["column"]
     module = linear(cls, (("q", 6), ("k", 2), ("v", 3)), LowRankSpec(2, SCALE), **flags)
@@ -189,3 +220,38 @@ def test_factors_know_their_rows_of_the_fused_weight(one_process: None) -> None:
     module(leaf(4, IN, seed=99))[0].square().sum().backward()
     assert (v.A.grad[1] == 0).all() and (v.A.grad[0] != 0).all()
     assert (q.Bt.grad == 0).all() and (v.Bt.grad != 0).all() and module.weight.grad is None
+
+
+def test_a_weight_that_is_assigned_later() -> None:
+    """A tied head: no weight of its own, the gradient goes to the embedding's."""
+    cls, flags = KINDS["column"]
+    head = linear(cls, (("output", 6),), None, skip_weight_param_allocation=True, **flags)
+    assert head.weight is None and not list(head.parameters())
+    assert head.blocks == (("output", share(6)),) and head.columns == share(IN)
+    head.weight, x = torch.nn.Parameter(leaf(6, IN, seed=1).detach()), leaf(4, IN, seed=99)
+    y, _ = head(x)
+    y.sum().backward()
+    torch.testing.assert_close(head.weight.grad, x.detach().sum(0).expand(6, IN), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "word"),
+    [
+        ("column", {"gather_output": True}, "gather_output"),
+        ("column", {"skip_weight_param_allocation": True}, "weight"),
+        ("row", {"input_is_parallel": False}, "input_is_parallel"),
+    ],
+)
+def test_what_megatron_core_has_and_these_have_not(kind: str, more: dict[str, bool], word: str) -> None:
+    cls, flags = KINDS[kind]
+    with pytest.raises(ValueError, match=word):
+        linear(cls, (("o", 6),), LowRankSpec(2, SCALE), **{**flags, **more})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_without_room_for_padding_are_refused(kind: str) -> None:
+    cls, flags = KINDS[kind]
+    config = core_config(Wire(), torch.float64)
+    with pytest.raises(ValueError, match=r"\[6, 7\].*\[6, 8\]"):
+        cls(7, 6, config=config, init_method=None, bias=False, blocks=(("o", 6),), columns=8, lowrank=None,
+            wire=Wire(), **flags)  # fmt: skip

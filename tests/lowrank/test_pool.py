@@ -12,6 +12,7 @@ import torch
 from megalowrank.lowrank.pool import CandidatePools
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.switch_plan import Geometry, SwitchPlan, make_plan
+from megalowrank.parallel.partition import share
 
 CPU = torch.device("cpu")
 SHAPES = [(9, 7, 5), (6, 11, 5), (4, 4, 4), (20, 15, 2)]
@@ -23,7 +24,10 @@ def host(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 def geometry() -> Geometry:
     """Of matrices [out, in] with rank r: spare 2, 1, 0 and 13."""
-    return Geometry.of([SimpleNamespace(out_features=m, in_features=n, rank=r) for m, n, r in SHAPES])  # type: ignore[misc]
+    shapes = [
+        SimpleNamespace(out_features=m, in_features=n, rank=r, rows=share(m), columns=share(n)) for m, n, r in SHAPES
+    ]
+    return Geometry.of(shapes)  # type: ignore[arg-type]
 
 
 def vectors(numbers: list[int], length: int) -> torch.Tensor:

@@ -126,6 +126,16 @@ class Linear(torch.nn.Module):
         ]  # fmt: skip
 
 
+@torch.no_grad()
+def start_factors(method: SwitchLoRA, layers: list[LowRankFactors], seed: int, dtype: torch.dtype) -> None:
+    """Set the factors of ``layers`` to their start and take their product out of W."""
+    for layer in layers:
+        A, Bt = method.initial_factors(layer, seed, dtype)
+        layer.A.copy_(A)
+        layer.Bt.copy_(Bt)
+        layer.fold(-layer.Bt, layer.A)
+
+
 @dataclass
 class Trial:
     """One random setting and everything built for it."""
@@ -143,7 +153,7 @@ class Trial:
         config = SwitchLoRAConfig(**flags)
         config.check()
         module, method = Linear(shapes or [(9, 7, 3)], dtype), SwitchLoRA(config)
-        method.initialise(module.layers, SEED + number, dtype)
+        start_factors(method, module.layers, SEED + number, dtype)
         parameters = [p for p in module.parameters() if p.requires_grad]
         engine = DenseEngine(module, module.layers, VectorClockAdamW(parameters), 0.0)
         ctx = Context(module.layers, engine.state, SEED + number, STEPS, rank, world, host)

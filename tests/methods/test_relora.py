@@ -53,9 +53,9 @@ def test_a_merge_keeps_the_function_and_moves_the_update_into_w(init: str) -> No
     method, model, engine, ctx = start(lora_init=init, relora_interval=3, relora_reset="zero")
     advance(method, engine, ctx, 0, 4)
     before, weights = factors(model), [layer.weight.value().clone() for layer in model.layers]
-    loss = float(engine.eval_step(batch(9, 0)))
+    loss = float(engine.eval_step([batch(9, 0)]))
     method.before_step(4, ctx)
-    assert float(engine.eval_step(batch(9, 0))) == pytest.approx(loss, abs=2e-6)
+    assert float(engine.eval_step([batch(9, 0)])) == pytest.approx(loss, abs=2e-6)
     for layer, weight in zip(model.layers, weights, strict=True):
         rows = slice(layer.row_start * layer.in_features, (layer.row_start + layer.out_features) * layer.in_features)
         old = before[f"{layer.name}.B"].t() @ before[f"{layer.name}.A"]

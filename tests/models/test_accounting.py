@@ -17,18 +17,16 @@ from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Adapters, Method
-from megalowrank.models.accounting import (
-    GROUPS,
-    Layout,
-    count_parameters,
+from megalowrank.models.accounting.flops import (
     flops_breakdown,
     flops_per_token,
-    human,
     model_flops_per_token,
     peak_flops,
-    predicted_bytes,
-    startup_table,
 )
+from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.memory import predicted_bytes
+from megalowrank.models.accounting.parameters import GROUPS, count_parameters
+from megalowrank.models.accounting.table import human, startup_table
 from megalowrank.models.build import BuiltModel, build_gpt, build_llama
 from megalowrank.models.presets import apply_preset
 from megalowrank.parallel.groups import initialize_single_process

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
-from megalowrank.models.accounting import count_parameters
+from megalowrank.models.accounting.parameters import count_parameters
 from megalowrank.models.architecture import FAMILIES, GPT_FAMILIES, LLAMA_FAMILIES
 from megalowrank.models.presets import GPT2, LLAMA, PRESETS, PYTHIA, apply_preset
 

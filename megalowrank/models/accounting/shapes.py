@@ -1,0 +1,95 @@
+"""The matrices, tables and norms of a model as numbers: what all other arithmetic is made from.
+
+A model configuration is one that ``apply_preset`` returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalowrank.config import ModelConfig
+from megalowrank.lowrank.select import adapted, check_patterns
+from megalowrank.methods.base import Adapters
+from megalowrank.models.architecture import architecture
+from megalowrank.models.projections import input_width, projections
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A logical matrix W [rows, columns] of a block; ``rank`` is that of its factors, None for a trained W."""
+
+    name: str
+    rows: int
+    columns: int
+    rank: int | None
+
+    @property
+    def numel(self) -> int:
+        """Elements of W."""
+        return self.rows * self.columns
+
+    @property
+    def factors(self) -> int:
+        """Elements of A and B."""
+        return (self.rank or 0) * (self.rows + self.columns)
+
+    @property
+    def spare(self) -> int:
+        """Candidates of each factor: min(m, n) - r, never below 0."""
+        return max(0, min(self.rows, self.columns) - (self.rank or 0))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A fused projection of block ``block``: the logical matrices that share one W, and so a schedule.
+
+    ``kind`` is its name within the block, such as attention.qkv.
+    """
+
+    block: int
+    kind: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the factors of each matrix; None for a trained W."""
+        return self.matrices[0].rank
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether tensor parallelism splits its output (column-parallel) and not its input (row-parallel)."""
+        return self.kind not in ("attention.o", "mlp.down")
+
+
+def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Projection]:
+    """The fused projections of all blocks in the order of computation.
+
+    Raises ConfigError for patterns that match nothing or split a projection.
+    """
+    found, names = [], []
+    for number in range(config.num_layers or 0):
+        for kind, parts in projections(config).items():
+            logical = [f"layers.{number}.{kind.split('.')[0]}.{part}" for part, _ in parts]
+            names += logical
+            chosen = adapters is not None and adapted(kind, logical, adapters.patterns)
+            rank = adapters.spec.rank if adapters is not None and chosen else None
+            columns = input_width(config, kind)
+            matrices = tuple(Matrix(name, rows, columns, rank) for name, (_, rows) in zip(logical, parts, strict=True))
+            found.append(Projection(number, kind, matrices))
+    if adapters is not None:
+        check_patterns(adapters.patterns, names)
+    return found
+
+
+def tables(config: ModelConfig) -> list[int]:
+    """Elements of the embeddings of tokens and of positions, and of the head where it has its own."""
+    shape, hidden, vocabulary = architecture(config), config.hidden_size or 0, config.vocab_size or 0
+    found = [hidden * vocabulary]
+    if shape.rotary_percent is None:
+        found.append(hidden * (config.max_position_embeddings or 0))
+    return found if shape.tied_output else [*found, hidden * vocabulary]
+
+
+def norm_vectors(config: ModelConfig) -> int:
+    """Vectors of one norm: a weight, and a bias where it has one."""
+    return 1 if architecture(config).norm == "RMSNorm" else 2

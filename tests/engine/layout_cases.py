@@ -1,0 +1,410 @@
+"""Ranks of the layout table: the same run divided over ranks in some way, and on one dense, undivided process.
+
+A case is a JSON object: ``method``, ``family``, ``layout`` (a key of LAYOUTS), ``bf16``, ``float64``, ``clip``,
+``schedule`` and ``recompute``.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+
+from megalowrank.checkpoint.pieces import Piece
+from megalowrank.checkpoint.shards import RunTensors
+from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
+from megalowrank.engine.dense import DenseEngine
+from megalowrank.engine.engine import Engine
+from megalowrank.engine.partial import NormOverRanks, PartialGradients
+from megalowrank.engine.replicas import ReplicaCheck
+from megalowrank.engine.setup import make_engine, make_optimizer
+from megalowrank.engine.zero import host_allocator, initialize_distributed
+from megalowrank.lowrank.factors import factor_places
+from megalowrank.lowrank.fold import join_residual
+from megalowrank.lowrank.state import Spread
+from megalowrank.methods import method_class
+from megalowrank.methods.base import Context, Method
+from megalowrank.models.architecture import FAMILIES as KNOWN
+from megalowrank.models.architecture import architecture, completed
+from megalowrank.models.build import BuiltModel, build_model
+from megalowrank.models.projections import projections
+from megalowrank.models.stages import split_layers
+from megalowrank.models.transformer import Placement
+from megalowrank.parallel.groups import Groups, initialize_groups
+from megalowrank.parallel.wire import partial_parameters
+
+STEPS, LR, SEED, LENGTH, MICRO, ROWS = 32, 3e-3, 3, 8, 2, 4
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 21, "num_attention_heads": 8,
+              "num_query_groups": 4, "vocab_size": 29, "model_family": "llama"},
+    "gpt2": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 22, "num_attention_heads": 4, "vocab_size": 29,
+             "model_family": "gpt2"},
+    "neox": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 23, "num_attention_heads": 4, "vocab_size": 30,
+             "model_family": "neox", "rotary_percent": 0.5},
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora_rank": 5, "lora_alpha": 5.0},
+    "switchlora": {"lora_rank": 5, "lora_alpha": 5.0, "switch_interval": 8, "switch_freeze_steps": 3,
+                   "switch_descent_rate": 1.0},
+    "relora": {"lora_rank": 5, "lora_alpha": 5.0, "relora_interval": 9, "relora_reset": "magnitude",
+               "relora_prune_ratio": 0.7},
+}  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"dp": 2},
+    "tp2": {"tp": 2},
+    "tp2 sp": {"tp": 2, "sp": True},
+    "tp4": {"tp": 4},
+    "tp4 sp": {"tp": 4, "sp": True},
+    "pp2": {"pp": 2, "stage": 1},
+    "pp2 offload": {"pp": 2, "stage": 1, "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "pp2 tp2": {"pp": 2, "tp": 2, "stage": 1},
+    "pp2 tp2 sp": {"pp": 2, "tp": 2, "sp": True, "stage": 1},
+    "pp2 dp2": {"pp": 2, "dp": 2, "stage": 1},
+    **{f"tp2 dp2 zero{stage}": {"tp": 2, "dp": 2, "stage": stage} for stage in range(4)},
+    **{f"tp2 sp dp2 zero{stage}": {"tp": 2, "dp": 2, "sp": True, "stage": stage} for stage in range(4)},
+    **{f"tp2 dp2 zero{stage} offload": {"tp": 2, "dp": 2, "stage": stage,
+                                        "zero": {"offload_optimizer": {"device": "cpu"}}} for stage in (1, 2, 3)},
+}  # fmt: skip
+Tensors = dict[str, torch.Tensor]
+
+
+def world_of(layout: str) -> int:
+    """Ranks of a layout."""
+    sizes = LAYOUTS[layout]
+    return sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", 1)
+
+
+def batch(step: int) -> list[torch.Tensor]:
+    """The global micro-batches of a step: MICRO times [ROWS, LENGTH + 1] tokens with something to learn in them."""
+    source = torch.Generator().manual_seed(1000 + step)
+    starts = torch.randint(0, 29, (MICRO, ROWS, 1), generator=source)
+    noise = torch.randint(0, 2, (MICRO, ROWS, LENGTH + 1), generator=source)
+    return list((starts + 5 * torch.arange(LENGTH + 1) + noise) % 29)
+
+
+@dataclass
+class Run:
+    """Losses of all updates, then of an evaluation; the state after the last; numbers of the method.
+
+    ``start`` is a hash of weights, factors and candidates before the first update; ``padding`` counts elements that
+    belong to no logical tensor and are not zero.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    tensors: Tensors
+    counters: dict[str, float]
+    start: str = ""
+    padding: int = 0
+
+
+def build(
+    case: dict[str, Any], place: Placement | None, sizes: dict[str, Any]
+) -> tuple[Method, BuiltModel, ModelConfig]:
+    kind = method_class(case["method"])
+    method = kind(kind.config_class(**{**METHODS[case["method"]], **case.get("flags", {})}))
+    config = completed(ModelConfig(**FAMILIES[case["family"]]), KNOWN, LENGTH)
+    config.check()
+    if place is not None and place.blocks is not None:
+        blocks = split_layers(config, method.adapters(), sizes["pp"])[place.blocks[0]]
+        place = Placement(place.wire, blocks, place.begins, place.ends, place.ride)
+    model = build_model(
+        config, method, length=LENGTH, seed=SEED, recompute=case.get("recompute", False),
+        dtype=torch.float64 if case.get("float64") else torch.float32,
+        forward_dtype=torch.bfloat16 if case.get("bf16") else None, place=place,
+    )  # fmt: skip
+    return method, model, config
+
+
+def train_config(case: dict[str, Any]) -> TrainConfig:
+    """A large epsilon, so that an element whose gradient is all rounding does not move by a whole learning rate."""
+    return TrainConfig(lr=LR, weight_decay=0.1, adam_eps=1e-4)
+
+
+class Poison:
+    """Makes a gradient infinite in some attempts, where this rank holds the first block and is told to."""
+
+    def __init__(self, case: dict[str, Any], model: BuiltModel, here: bool) -> None:
+        self.attempts, self.armed = case.get("poison", []), False
+        if self.attempts and here and model.module.place.begins:
+            model.module.layers[0].input_layernorm.weight.register_hook(self._spoil)
+
+    def _spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+        spoiled = gradient.clone()
+        spoiled[-1] += torch.inf if self.armed else 0.0
+        return spoiled
+
+
+def train(engine: Engine, method: Method, ctx: Context, shares: Any, poison: Poison) -> tuple[list[float], ...]:
+    """Losses and gradient norms of the updates that were applied; attempts that were not are taken again."""
+    losses: list[float] = []
+    norms: list[float] = []
+    attempts, announced = 0, -1
+    while len(norms) < STEPS:
+        if announced != len(norms):
+            announced = len(norms)
+            method.before_step(announced, ctx)
+        poison.armed = attempts in poison.attempts
+        result = engine.train_step(shares(attempts), LR)
+        attempts += 1
+        if result.applied:
+            losses.append(float(result.loss))
+            norms.append(float(result.grad_norm))
+    losses.append(float(engine.eval_step(shares(0))))
+    engine.end_evaluation()
+    return losses, norms, [attempts]
+
+
+def alone() -> Groups:
+    """The groups of a process that communicates with nobody."""
+    one = {name: None for name in ("data", "tensor", "pipe", "stage", "everyone")}
+    ranks = {f"{name}_{kind}": kind == "size" for name in ("data", "tensor", "pipe") for kind in ("rank", "size")}
+    return Groups(**one, **{name: int(value) for name, value in ranks.items()}, rank=0, world=1)
+
+
+def dense(case: dict[str, Any]) -> Run:
+    """The case on one process."""
+    method, model, _ = build(case, None, {})
+    if case.get("bf16"):
+        model.module.bfloat16()
+    engine = DenseEngine(
+        model.module, model.layers, make_optimizer(model.module, train_config(case)), case.get("clip", 0.0)
+    )
+    ctx = Context(model.layers, engine.state, SEED, STEPS, 0, 1, host_allocator(False))
+    method.start(ctx)
+    tensors = RunTensors(model, engine.state, method, alone())
+    start = digest(logical(tensors, 1))
+    losses, norms, attempts = train(engine, method, ctx, batch, Poison(case, model, True))
+    counters = {**method.counters(), "attempts": attempts[0]}
+    return Run(losses, norms, logical(tensors, 1), counters, start)
+
+
+@dataclass
+class Divided:
+    """A run divided over ranks, before its first update."""
+
+    method: Method
+    model: BuiltModel
+    engine: Any
+    groups: Groups
+    ctx: Context
+    tied: bool
+
+    @classmethod
+    def start(cls, case: dict[str, Any]) -> Divided:
+        """Build it. Collective."""
+        sizes = {"tp": 1, "pp": 1, "dp": 1, "stage": 0, **LAYOUTS[case["layout"]]}
+        groups = initialize_groups(
+            ParallelConfig(
+                tensor_model_parallel_size=sizes["tp"], pipeline_model_parallel_size=sizes["pp"],
+                sequence_parallel=sizes.get("sp", False),
+            )
+        )  # fmt: skip
+        rides = dict.fromkeys(projections(ModelConfig(**FAMILIES[case["family"]])), case.get("schedule") != "partial")
+        last = groups.pipe_rank == groups.pipe_size - 1
+        place = Placement(groups.wire(), (groups.pipe_rank, 0), groups.pipe_rank == 0, last, rides)
+        method, model, config = build(case, place, sizes)
+        make = exact_engine if case.get("float64") else make_engine
+        engine = make(model, config, train_config(case), deepspeed_config(case, sizes), groups)
+        ctx = Context(
+            model.layers, engine.state, SEED, STEPS, groups.data_rank, groups.data_size, host_allocator(False)
+        )
+        method.start(ctx)
+        return cls(method, model, engine, groups, ctx, architecture(config).tied_output)
+
+
+def divided(case: dict[str, Any]) -> Run:
+    """The case on this job's ranks. Collective."""
+    run = Divided.start(case)
+    groups = run.groups
+    tensors = RunTensors(run.model, run.engine.state, run.method, groups)
+    start = digest(logical(tensors, groups.world))
+
+    def shares(step: int) -> list[torch.Tensor]:
+        return [tokens.chunk(groups.data_size)[groups.data_rank] for tokens in batch(step)]
+
+    poison = Poison(case, run.model, groups.data_rank == groups.data_size - 1 and groups.tensor_rank == 0)
+    losses, norms, attempts = train(run.engine, run.method, run.ctx, shares, poison)
+    counters = {**run.method.counters(), "attempts": attempts[0]}
+    if groups.pipe_size == 1:
+        total = torch.tensor(losses[-1], dtype=torch.float64)
+        dist.all_reduce(total, group=groups.data)
+        losses[-1] = float(total) / groups.data_size
+    ReplicaCheck(1, run.model, run.engine, groups, run.tied).run(STEPS)
+    found = Run(losses, norms, logical(tensors, groups.world), counters, start, padding(tensors))
+    if not case.get("float64"):
+        run.engine.close()
+    gc.collect()
+    return found
+
+
+def exact_engine(
+    model: BuiltModel, config: ModelConfig, train: TrainConfig, deepspeed: dict[str, Any], groups: Groups
+) -> DenseEngine:
+    """An engine in float64, which DeepSpeed does not have: tensor parallelism alone."""
+    assert groups.data_size == groups.pipe_size == 1
+    spread = Spread(factor_places(model.layers, groups.tensor_rank), groups.tensor)
+    clip = deepspeed["gradient_clipping"]
+    engine = DenseEngine(model.module, model.layers, make_optimizer(model.module, train), clip, spread)
+    engine.optimizer.norm_over = NormOverRanks(groups.tensor)
+    engine.partial = PartialGradients(partial_parameters(model.module), groups.tensor, MICRO, per_update=True)
+    return engine
+
+
+def deepspeed_config(case: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_batch_size": ROWS * MICRO,
+        "train_micro_batch_size_per_gpu": ROWS // sizes["dp"],
+        "gradient_accumulation_steps": MICRO,
+        "gradient_clipping": case.get("clip", 0.0),
+        "bf16": {"enabled": case.get("bf16", False), "check_grad_overflow": True},
+        "zero_optimization": {"stage": sizes["stage"], "memory_efficient_linear": False, **sizes.get("zero", {})},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def drop_groups() -> None:
+    """Destroy all groups but the world and the one that DeepSpeed keeps; threads of hundreds would slow everything."""
+    parallel_state.destroy_model_parallel()
+    kept = (dist.group.WORLD, deepspeed_groups._WORLD_GROUP)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group not in kept:
+            dist.destroy_process_group(group)
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def logical(tensors: RunTensors, world: int) -> Tensors:
+    """Every tensor of a checkpoint, whole, in float64, put together from what all ranks would write.
+
+    Collective. An element that no rank or more than one rank writes is an error.
+    """
+    shapes = {name: shape for name, (shape, _) in tensors._expected_of_all_stages().items()}
+    values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
+    counts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
+    for piece in tensors.pieces():
+        for whole, part in ((values, piece.tensor.double()), (counts, torch.ones(piece.tensor.numel()).double())):
+            _place(whole[piece.name], piece, part)
+    flat, count = (torch.cat([t.view(-1) for t in whole.values()]) for whole in (values, counts))
+    if world > 1:
+        dist.all_reduce(flat)
+        dist.all_reduce(count)
+    assert bool((count == 1).all()), "an element that is written never, or twice"
+    sizes = [t.numel() for t in values.values()]
+    found = {name: t.clone() for name, t in zip(values, flat.split(sizes), strict=True)}
+    for name in [name for name in found if name.startswith("residual/")]:
+        weight = name.replace("residual/", "weight/")
+        found[weight] = join_residual(found[weight].bfloat16(), found.pop(name).to(torch.int16)).double()
+    return found
+
+
+def digest(tensors: Tensors) -> str:
+    """A hash of all bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def padding(tensors: RunTensors) -> int:
+    """Elements of masters, moments, weights and candidates that are padding but not zero, on this rank."""
+    parts = [*tensors._optimizer_parts(), *(part for part, _ in tensors._weight_parts())]
+    strange = sum(int(part.storage.count_nonzero() - part.values().count_nonzero()) for part in parts)
+    pools = [saved.rows[:, saved.columns.real :] for saved in tensors.method.saved_tensors()]
+    return strange + sum(int(rows.count_nonzero()) for rows in pools)
+
+
+def _place(whole: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
+    box = whole[tuple(slice(*sides) for sides in piece.box)]
+    flat = box.reshape(-1).clone()
+    flat[piece.flat[0] : piece.flat[1]] += part
+    box.copy_(flat.view(box.shape))
+
+
+def difference(found: Run, expected: Run) -> dict[str, float]:
+    """The largest absolute difference per kind of tensor (NaN: infinite), of losses and of gradient norms.
+
+    ``mean`` is the mean absolute difference of masters and weights.
+    """
+    assert found.tensors.keys() == expected.tensors.keys()
+    report: dict[str, float] = {}
+    for name, tensor in found.tensors.items():
+        worst = float((tensor - expected.tensors[name]).abs().max()) if tensor.numel() else 0.0
+        kind = name.split("/")[0]
+        report[kind] = max(report.get(kind, 0.0), worst if worst == worst else float("inf"))
+    both = [
+        (found.tensors[n] - expected.tensors[n]).abs() for n in found.tensors if n.startswith(("master/", "weight/"))
+    ]
+    report["mean"] = float(torch.cat(both).mean())
+    for kind in ("losses", "norms"):
+        pairs = zip(getattr(found, kind), getattr(expected, kind), strict=True)
+        report[kind] = max(abs(a - b) if a == a or b == b else 0.0 for a, b in pairs)
+    return report
+
+
+def name_of(case: dict[str, Any]) -> str:
+    """What the table calls a case."""
+    more = [key for key in ("float64", "bf16", "clip", "recompute", "poison") if case.get(key)] + [
+        case.get("schedule", "")
+    ]
+    return ", ".join((case["method"], case["layout"], case["family"], *filter(None, more)))
+
+
+def key_of(case: dict[str, Any]) -> str:
+    """The reference a case is compared with: what does not depend on the layout."""
+    kept = {k: v for k, v in sorted(case.items()) if k not in ("layout", "schedule", "recompute", "name")}
+    return json.dumps(kept).translate(str.maketrans('{}":, ', "______"))
+
+
+def references(cases: list[dict[str, Any]], folder: Path) -> Iterator[Run]:
+    """The dense run of every case; each is made once, by one rank, and read by all."""
+    keys = {key_of(case): case for case in cases}
+    for at, (key, case) in enumerate(keys.items()):
+        if at % dist.get_world_size() == dist.get_rank():
+            run = dense(case)
+            save_file(run.tensors, folder / f"{key}.safetensors")
+            rest = {**asdict(run), "tensors": None}
+            (folder / f"{key}.json").write_text(json.dumps(rest))
+    dist.barrier()
+    for case in cases:
+        rest = json.loads((folder / f"{key_of(case)}.json").read_text())
+        yield Run(**{**rest, "tensors": load_file(folder / f"{key_of(case)}.safetensors")})
+
+
+def compare(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """Differences, and what happened in the run, for each case."""
+    initialize_distributed(None)
+    initialize_groups(ParallelConfig())
+    gc.collect()
+    gc.freeze()
+    found = []
+    for case, expected in zip(payload["cases"], references(payload["cases"], Path(payload["folder"])), strict=True):
+        run = divided(case)
+        drop_groups()
+        report = {
+            "name": name_of(case),
+            "worst": difference(run, expected),
+            "starts": [run.start, expected.start],
+            "padding": run.padding,
+            "counters": [run.counters, expected.counters],
+            "learned": expected.losses[0] - expected.losses[-1],
+            "idle": [n for n, t in run.tensors.items() if n.startswith("exp_avg/") and not t.any()],
+        }
+        found.append(report)
+        if payload.get("verbose") and dist.get_rank() == 0:
+            print(case, {k: f"{v:.1e}" for k, v in report["worst"].items()}, flush=True)
+    return found

@@ -1,0 +1,138 @@
+"""One table: every method under every layout, for every family, is the run of one process.
+
+Each cell trains 32 updates (switches and merges among them) divided over ranks, and compares every loss, every
+gradient norm, the last evaluation and, put together from what all ranks hold, W, A, B, moments, clocks and
+candidates with a dense single process. In float64, which DeepSpeed does not have, tensor and sequence parallelism are
+compared to 1e-11; in float32 everything to 2e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalowrank.methods import METHODS as REGISTRY
+from megalowrank.models.architecture import FAMILIES as KNOWN
+from tests.engine.layout_cases import FAMILIES, LAYOUTS, METHODS, STEPS, name_of, world_of
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.timeout(900)
+
+TABLE = ("tp2", "tp2 sp", "tp4", "pp2", "pp2 tp2", "pp2 dp2", "tp2 dp2 zero1", "tp2 dp2 zero2", "tp2 dp2 zero3")
+EXACT = ("tp2", "tp2 sp", "tp4", "tp4 sp")
+Report = dict[str, Any]
+
+
+def table() -> Iterator[dict[str, Any]]:
+    """Every method under every layout of TABLE for every family; half of the cells with clipping."""
+    for m, method in enumerate(METHODS):
+        for f, family in enumerate(FAMILIES):
+            for number, layout in enumerate(TABLE):
+                clip = {"clip": 0.5} if (m + f + number) % 2 else {}
+                yield {"method": method, "family": family, "layout": layout, **clip}
+
+
+def exact() -> Iterator[dict[str, Any]]:
+    """Tensor parallelism in float64, both schedules."""
+    for m, method in enumerate(METHODS):
+        for number, layout in enumerate(EXACT):
+            for schedule in ("ride", "partial"):
+                family = list(FAMILIES)[(m + number) % len(FAMILIES)]
+                case = {"method": method, "family": family, "layout": layout, "schedule": schedule, "float64": True}
+                yield {**case, "clip": 0.5} if m % 2 else case
+
+
+def special() -> Iterator[dict[str, Any]]:
+    """Every method under other layouts, for one family each: both schedules, recomputation and offload."""
+    layouts = (
+        "pp2 offload", "pp2 tp2 sp", "tp2 dp2 zero0", "tp2 sp dp2 zero1", "tp2 sp dp2 zero2", "tp2 sp dp2 zero3",
+        "tp2 dp2 zero1 offload", "tp2 dp2 zero2 offload", "tp2 dp2 zero3 offload",
+    )  # fmt: skip
+    for m, method in enumerate(METHODS):
+        for number, layout in enumerate(layouts):
+            family = list(FAMILIES)[(m + number) % len(FAMILIES)]
+            schedule = ("partial", "ride")[(m + number) // 2 % 2]
+            case = {"method": method, "family": family, "layout": layout, "schedule": schedule}
+            yield {**case, "recompute": True} if (m + number) % 3 == 0 else case
+
+
+def low() -> Iterator[dict[str, Any]]:
+    """In bfloat16."""
+    for number, layout in enumerate(("tp2 sp", "pp2", "pp2 tp2", "tp2 dp2 zero2", "tp2 dp2 zero3")):
+        family = list(FAMILIES)[(number + 1) % len(FAMILIES)]
+        yield {"method": ("switchlora", "relora")[number % 2], "family": family, "layout": layout, "bf16": True}
+
+
+def poisoned() -> Iterator[dict[str, Any]]:
+    """Two attempts with an infinite gradient on one rank of the first stage: all ranks skip them, and switch once."""
+    for layout in ("tp2", "tp2 sp", "pp2", "pp2 tp2", "tp2 dp2 zero2"):
+        yield {"method": "switchlora", "family": "llama", "layout": layout, "poison": [3, 17], "clip": 0.5}
+    yield {"method": "switchlora", "family": "neox", "layout": "tp2 sp", "poison": [3, 17], "float64": True}
+
+
+CASES = [*table(), *exact(), *special(), *low(), *poisoned()]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
+    """What every rank reports of every case, by name."""
+    found: dict[str, list[Report]] = {}
+    for world in (2, 4):
+        folder: Path = tmp_path_factory.mktemp(f"layouts_{world}")
+        cases = [case for case in CASES if world_of(case["layout"]) == world]
+        ranks = run_ranks(
+            "tests.engine.layout_cases:compare", world, {"cases": cases, "folder": str(folder)}, folder, timeout=840
+        )
+        for case, *own in zip(cases, *ranks, strict=True):
+            found[name_of(case)] = own
+    return found
+
+
+def test_the_table_has_every_method_and_family() -> None:
+    assert METHODS.keys() == REGISTRY.keys(), "a method needs a line in layout_cases.METHODS"
+    assert tuple(FAMILIES) == KNOWN and set(TABLE) <= LAYOUTS.keys()
+    assert len({name_of(case) for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", list(table()) + list(special()), ids=name_of)
+def test_float32(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
+    for report in reports[name_of(case)]:
+        check(case, report, 2e-5)
+
+
+@pytest.mark.parametrize("case", list(poisoned()), ids=name_of)
+def test_skipped_updates(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
+    for report in reports[name_of(case)]:
+        check(case, report, 1e-11 if case.get("float64") else 2e-5)
+        assert report["counters"][0]["attempts"] == STEPS + 2
+
+
+@pytest.mark.parametrize("case", list(exact()), ids=name_of)
+def test_float64(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
+    for report in reports[name_of(case)]:
+        check(case, report, 1e-11)
+
+
+@pytest.mark.parametrize("case", list(low()), ids=name_of)
+def test_bfloat16(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
+    """Sums over ranks are rounded to bfloat16 (2^-8 of a term), which an Adam step scales up where terms cancel."""
+    for report in reports[name_of(case)]:
+        assert report["worst"].get("clock", 0.0) == 0.0
+        assert report["worst"]["losses"] < 2e-2 and report["worst"]["mean"] < 3e-3
+        assert report["counters"][0].keys() == report["counters"][1].keys()
+
+
+def check(case: dict[str, Any], report: Report, tolerance: float) -> None:
+    worst, (found, expected) = report["worst"], report["counters"]
+    assert {kind: value for kind, value in worst.items() if not value <= tolerance} == {}
+    assert worst.get("clock", 0.0) == 0.0
+    assert report["learned"] > 0.05 and report["idle"] == [] and report["padding"] == 0
+    assert report["starts"][0] == report["starts"][1], "the layout changed initial weights or candidates"
+    assert found == pytest.approx(expected, abs=1e-6)
+    if case["method"] == "switchlora":
+        assert found["switched_vectors"] > 200
+    if case["method"] == "relora":
+        assert found["merges"] == 3 and found["zeroed_exp_avg"] == pytest.approx(0.7, abs=0.01)

@@ -1,0 +1,138 @@
+"""Ranks of test_wire_bytes and test_accounting_layouts: real updates of small models under a count of collectives.
+
+A case is a JSON object: ``family``, ``method``, ``flags`` of the method, ``bf16``, ``tensor``, ``pipe``, ``sequence``,
+``schedules`` (per fused projection), ``accumulation``, ``recompute``, ``zero`` (``zero_optimization``), ``deepspeed``
+(other keys of the DeepSpeed JSON) and ``decay``.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
+from megalowrank.engine.memory import measured_bytes
+from megalowrank.engine.setup import make_engine, make_optimizer
+from megalowrank.engine.zero import host_allocator, initialize_distributed
+from megalowrank.methods import method_class
+from megalowrank.methods.base import Context, Method
+from megalowrank.models.build import BuiltModel, build_gpt, build_llama
+from megalowrank.models.presets import apply_preset
+from megalowrank.models.stages import split_layers
+from megalowrank.models.transformer import Placement
+from megalowrank.parallel.groups import Groups, initialize_groups
+from megalowrank.parallel.traffic import Traffic
+from tests.models.kept import Kept
+
+LENGTH, ROWS, STEPS = 16, 3, 5
+SMALL = ModelConfig(num_layers=4, hidden_size=16, num_attention_heads=4, vocab_size=31)
+FAMILIES = {
+    "llama": apply_preset(replace(SMALL, ffn_hidden_size=21, num_query_groups=2), None),
+    "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=20), None),
+    "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=27, rotary_percent=0.5), None),
+}
+
+
+class Record(Traffic):
+    """A ``Traffic`` that also notes every call in order: group, collective, payload."""
+
+    def __init__(self, labels: Any) -> None:
+        super().__init__(labels)
+        self.calls: list[tuple[str, str, int]] = []
+
+    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
+        before = {key: volume.payload for key, volume in self.volumes.items()}
+        count = {key: volume.calls for key, volume in self.volumes.items()}
+        super()._count(func, args)
+        for key, volume in self.volumes.items():
+            if volume.calls != count.get(key, 0):
+                self.calls.append((*key, volume.payload - before.get(key, 0)))
+
+
+def method_of(case: dict[str, Any]) -> Method:
+    kind = method_class(case["method"])
+    return kind(kind.config_class(**case.get("flags", {})))
+
+
+def train_of(case: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(
+        method=case["method"], seq_length=LENGTH, train_iters=STEPS, lr=1e-3, bf16=case.get("bf16", False),
+        weight_decay=case.get("decay", 0.0), recompute_granularity="full" if case.get("recompute") else "none",
+    )  # fmt: skip
+
+
+def built(case: dict[str, Any], method: Method, groups: Groups) -> BuiltModel:
+    config, train = FAMILIES[case["family"]], train_of(case)
+    blocks, recompute = None, bool(case.get("recompute"))
+    if groups.pipe_size > 1:
+        found = split_layers(config, method.adapters(), groups.pipe_size, LENGTH, recompute)
+        blocks = found[groups.pipe_rank]
+    place = Placement(
+        groups.wire(), blocks, groups.pipe_rank == 0, groups.pipe_rank == groups.pipe_size - 1,
+        {name: schedule == "ride" for name, schedule in case.get("schedules", {}).items()},
+    )  # fmt: skip
+    builder = build_llama if case["family"] == "llama" else build_gpt
+    return builder(
+        config, method, length=LENGTH, seed=3, recompute=recompute,
+        forward_dtype=torch.bfloat16 if train.bf16 else torch.float32, place=place,
+    )  # fmt: skip
+
+
+def deepspeed_config(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    micro = case.get("accumulation", 1)
+    return {
+        "train_batch_size": ROWS * micro * groups.data_size, "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": micro, "gradient_clipping": 1.0,
+        "bf16": {"enabled": case.get("bf16", False), "check_grad_overflow": True},
+        "zero_optimization": {"memory_efficient_linear": False, **case["zero"]},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
+        **case.get("deepspeed", {}),
+    }  # fmt: skip
+
+
+def switched(method: Method, model: BuiltModel) -> dict[str, int]:
+    """Vectors of A that every matrix has switched so far, and as many of B; none for a method that does not switch."""
+    counts = getattr(method, "switched", None)
+    return {} if counts is None else {layer.name: int(counts[j]) for j, layer in enumerate(model.layers)}
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Collectives of every update, and bytes held after the last, on this rank. Collective."""
+    parallel = ParallelConfig(case.get("tensor", 1), case.get("pipe", 1), case.get("sequence", False))
+    groups = initialize_groups(parallel)
+    method = method_of(case)
+    model = built(case, method, groups)
+    optimizer_config = train_of(case)
+    config = FAMILIES[case["family"]]
+    engine = make_engine(model, config, optimizer_config, deepspeed_config(case, groups), groups)
+    ctx = Context(
+        model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False)
+    )  # fmt: skip
+    method.start(ctx)
+    source = torch.Generator().manual_seed(groups.data_rank)
+    updates = []
+    for step in range(STEPS):
+        batches = [torch.randint(0, 31, (ROWS, LENGTH + 1), generator=source) for _ in range(case.get("accumulation", 1))]
+        record, before = Record(groups.labels()), switched(method, model)
+        with record:
+            method.before_step(step, ctx)
+            engine.train_step(batches, 1e-3)
+        volumes = {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in record.take().items()}
+        moved = {name: count - before[name] for name, count in switched(method, model).items()}
+        updates.append({"volumes": volumes, "calls": record.calls, "moved": moved})
+    found = {
+        "updates": updates, "memory": measured_bytes(engine, method, model.layers), "stage": groups.pipe_rank,
+        "data_rank": groups.data_rank, "tensor_rank": groups.tensor_rank,
+    }  # fmt: skip
+    engine.close()
+    gc.collect()
+    return found
+
+
+def measure_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run by every rank."""
+    initialize_distributed(None)
+    return [measure(case) for case in cases]
