@@ -1,5 +1,6 @@
 # make pretrain   everything from nothing to a pre-trained LLaMA, its loss curve and a checkpoint
 # make test       the test suite            make check   lint and type check
+# make test-layouts   every method under every layout for every family (make test takes a third of them)
 # make install    only the virtual environment   make data-enwik8   100 MB of Wikipedia as training data
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install pretrain data-enwik8 test check clean
+.PHONY: install pretrain data-enwik8 test test-layouts check clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +47,9 @@ data-enwik8: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-layouts: install
+	$(BIN)/python -m pytest --every-cell tests/engine/test_layouts.py
 
 check: install
 	$(BIN)/ruff check .

@@ -10,9 +10,21 @@ from tests.corpus import TinyCorpus, make_corpus
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--golden-dir``: where the traces of reference implementations lie."""
+    """``--golden-dir``: where the traces of reference implementations lie; ``--tp``, ``--pp``: how to divide them."""
     default = Path(__file__).parent / "golden" / "data"
     parser.addoption("--golden-dir", default=str(default), help="folder of golden traces; default: the project's copy")
+    parser.addoption("--tp", type=int, choices=(1, 2, 4), help="tensor-parallel size of golden replays")
+    parser.addoption("--pp", type=int, choices=(1, 2), help="pipeline-parallel size of golden replays")
+    parser.addoption("--every-cell", action="store_true", help="the whole table of layouts, not a third of it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``every_cell`` unless it is asked for."""
+    if config.getoption("--every-cell"):
+        return
+    rest = [item for item in items if item.get_closest_marker("every_cell")]
+    config.hook.pytest_deselected(items=rest)
+    items[:] = [item for item in items if not item.get_closest_marker("every_cell")]
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,12 @@ def test_flags_doc_is_up_to_date(tool: ModuleType) -> None:
     assert FLAGS.read_text() == tool.document(), "run python tools/make_flags_doc.py"
 
 
+def test_layouts_doc_is_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "make_layouts_doc.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-300:]
+
+
 def test_every_flag_and_every_name_has_its_line() -> None:
     lines = FLAGS.read_text().splitlines()
     for cls in (*SECTIONS.values(), *CONFIGS.values()):

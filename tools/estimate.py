@@ -94,7 +94,12 @@ def main() -> None:
     if args.json:
         print(json.dumps(found.as_json(), indent=1))
     else:
-        print("\n".join([startup_table(found), "", *summary(found)]))
+        layout = found.layout
+        ranks = f"tensor {layout.tensor_size} x pipeline {layout.pipe_size} x data {layout.data_size}"
+        batch = f"{layout.accumulation} micro-batch(es) of {layout.micro_batch} sample(s)"
+        print(startup_table(found))
+        print(f"\n{layout.world} rank(s): {ranks}; {found.tokens:,} tokens per update in {batch}")
+        print("\n".join(summary(found)))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megalowrank.config import ModelConfig, TrainConfig
+from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.engine import memory
 from megalowrank.engine.corpus import Corpus
 from megalowrank.engine.dsconfig import Resolved
 from megalowrank.engine.loop import Position
 from megalowrank.engine.pipeline import PipelineEngine
+from megalowrank.engine.plan import layout_of, reads_of
 from megalowrank.engine.zero import ZeroEngine
 from megalowrank.methods.base import Method
-from megalowrank.models.accounting.flops import flops_per_token, peak_flops
-from megalowrank.models.accounting.layout import Layout
-from megalowrank.models.accounting.memory import predicted_bytes
-from megalowrank.models.accounting.table import human, startup_table
+from megalowrank.models.accounting.estimate import estimate
+from megalowrank.models.accounting.flops import peak_flops
+from megalowrank.models.accounting.table import human, startup_table, summary
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.groups import Groups
 
@@ -38,8 +39,11 @@ class Report:
     ) -> None:
         self.config, self.train, self.model = config, train, model
         self.engine, self.method, self.groups, self.resolved = engine, method, groups, resolved
-        self.layout = layout_of(train, method, resolved, groups)
-        self.flops_per_token = flops_per_token(config, method.adapters(), train.seq_length)
+        parallel = ParallelConfig(groups.tensor_size, groups.pipe_size, groups.sequence)
+        layout = layout_of(config, parallel, resolved, method, groups.data_size, engine.device.type != "cpu")
+        built = {name: "ride" if ride else "partial" for name, ride in model.module.place.ride.items()}
+        self.estimate = estimate(config, method.adapters(), replace(layout, schedules=built), reads_of(method))
+        self.flops_per_token = self.estimate.flops_per_token
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self.peak_flops = peak_flops(name)
 
@@ -50,18 +54,25 @@ class Report:
     def start(self, corpus: Corpus, position: Position) -> str:
         """Parameters, bytes, batch and data of the run, and warnings."""
         resolved, train = self.resolved, self.train
-        lines = [startup_table(self.config, self.method.adapters(), self.layout), ""]
+        lines = [startup_table(self.estimate), ""]
         precision = "bfloat16 with float32 masters" if train.bf16 else "float32"
         lines.append(
             f"method {train.method}, ZeRO-{resolved.stage}, {precision}, "
             f"{self.groups.world} rank(s) on {self.engine.device.type}"
         )
+        if self.groups.world > self.groups.data_size:
+            split = " with sequence parallelism" if self.groups.sequence else ""
+            lines.append(
+                f"tensor-parallel size {self.groups.tensor_size}{split} x pipeline stages {self.groups.pipe_size} "
+                f"x data-parallel size {self.groups.data_size}"
+            )
         lines.append(
             f"global batch {resolved.global_batch_size} = micro-batch {resolved.micro_batch_size} x accumulation "
             f"{resolved.accumulation} x data-parallel size {self.groups.data_size}; "
             f"{resolved.global_batch_size * train.seq_length:,} tokens per update, "
             f"{self.flops_per_token / 1e6:.1f} MFLOP per token"
         )
+        lines += summary(self.estimate)
         if position.step:
             lines.append(f"resumed at update {position.step} ({position.skipped} skipped so far)")
         if corpus.unigram_loss is not None:
@@ -71,7 +82,7 @@ class Report:
 
     def end(self, evaluation: dict[str, Any], corpus: Corpus) -> str:
         """Predicted against measured memory, and the last evaluation against the unigram model."""
-        predicted = predicted_bytes(self.config, self.method.adapters(), self.layout)
+        predicted = self.estimate.stages[self.groups.pipe_rank].memory
         measured = memory.measured_bytes(self.engine, self.method, self.model.layers)
         lines = [*memory.memory_report(predicted, measured)]
         lines.append(f"{'peak of the process':<24}{human(memory.peak_memory(self.engine.device)):>28}")
@@ -86,22 +97,3 @@ class Report:
         if corpus.bytes_per_token is not None:
             text += f", {loss / math.log(2) / corpus.bytes_per_token:.4f} bits per byte"
         return text
-
-
-def layout_of(train: TrainConfig, method: Method, resolved: Resolved, groups: Groups) -> Layout:
-    """What decides which bytes this rank holds."""
-    zero = resolved.deepspeed["zero_optimization"]
-
-    def offloaded(block: str) -> bool:
-        return zero.get(block, {}).get("device", "none") == "cpu"
-
-    return Layout(
-        zero=resolved.stage,
-        bf16=train.bf16,
-        data_size=groups.data_size,
-        offload_optimizer=offloaded("offload_optimizer"),
-        offload_param=offloaded("offload_param"),
-        residual=train.fold_residual,
-        candidates=method.candidates(),
-        persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
-    )

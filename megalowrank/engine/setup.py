@@ -26,6 +26,7 @@ from megalowrank.engine.loop import Loop, Position
 from megalowrank.engine.metrics import Progress, replace_text
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.pipeline import PipelineEngine
+from megalowrank.engine.plan import layout_of
 from megalowrank.engine.replicas import ReplicaCheck
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState, starting_point
@@ -35,11 +36,10 @@ from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distr
 from megalowrank.errors import ConfigError
 from megalowrank.methods import METHODS
 from megalowrank.methods.base import Context, Method
+from megalowrank.models.accounting.layout import stage_blocks
 from megalowrank.models.architecture import LLAMA_FAMILIES, architecture, check_tensor_parallel
 from megalowrank.models.build import BuiltModel
 from megalowrank.models.presets import apply_preset
-from megalowrank.models.projections import projections
-from megalowrank.models.stages import split_layers
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, data_parallel_size, initialize_groups
 from megalowrank.parallel.launch import set_rank_environment
@@ -157,17 +157,14 @@ def placement(
     parallel: ParallelConfig, config: ModelConfig, resolved: dsconfig.Resolved, method: Method, groups: Groups
 ) -> Placement:
     """The part of the model that this rank builds; every rank decides alike for all."""
-    adapters, train = method.adapters(), resolved.train
-    blocks = None
-    if groups.pipe_size > 1:
-        recompute = train.recompute_granularity == "full"
-        blocks = split_layers(config, adapters, groups.pipe_size, train.seq_length, recompute)[groups.pipe_rank]
+    layout = layout_of(config, parallel, resolved, method, groups.data_size)
+    blocks = stage_blocks(config, method.adapters(), layout, groups.pipe_rank)
     return Placement(
         wire=groups.wire(),
-        blocks=blocks,
+        blocks=(blocks.start, blocks.stop),
         begins=groups.pipe_rank == 0,
         ends=groups.pipe_rank == groups.pipe_size - 1,
-        ride=dict.fromkeys(projections(config), parallel.lowrank_schedule != "partial"),
+        ride={name: layout.rides(name) for name in layout.schedules},
     )
 
 

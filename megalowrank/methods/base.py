@@ -115,6 +115,14 @@ class Method:
         """Where spare vectors are kept: host, device, or None if the method has none."""
         return None
 
+    def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
+        """Vectors of A, and as many of Bᵀ, that an update reads of a matrix of these sizes, for planning.
+
+        On average over the start of a run: of masters, of forward copies, and of what data-parallel ranks keep for one
+        another.
+        """
+        return 0.0, 0.0, 0.0
+
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by category, beside weights and optimizer state."""
         return {}

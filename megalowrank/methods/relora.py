@@ -143,6 +143,10 @@ class ReLoRA(LoRA):
         share = 1.0 if how == "zero" else self.config.relora_prune_ratio or 0.9
         return Pruning(how, share, self.config.relora_masks == "shared")
 
+    def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
+        """All vectors once an interval."""
+        return rank / self.config.relora_interval, 0.0, 0.0
+
     def counters(self) -> dict[str, float]:
         merges, self._merges = self._merges, 0
         return {"merges": merges, **{f"zeroed_{name}": share for name, share in self._zeros.items()}}

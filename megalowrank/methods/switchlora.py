@@ -208,6 +208,12 @@ class SwitchLoRA(LoRA):
         moved, self._moved = self._moved, 0
         return {"switched_vectors": int(self._state.sum_over_stages(torch.tensor([moved])))}
 
+    def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
+        """A vector that is switched, its candidate, and both factors' vectors for the fold."""
+        spare = min(out_features, in_features) > rank
+        count = min(rank / self.config.switch_interval, rank // 2) if spare else 0.0
+        return count, 2 * count, count
+
     def candidates(self) -> str:
         return "host" if self.config.offload_candidates else "device"
 

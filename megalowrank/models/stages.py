@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from megalowrank.config import ModelConfig
@@ -43,6 +44,11 @@ def split_evenly(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
     Of cuts with the same maximum it takes the one of least squares, and then the one with shorter ranges first: early
     stages hold the activations of more micro-batches.
     """
+    return list(_cut(tuple(costs), parts))
+
+
+@lru_cache(maxsize=32)
+def _cut(costs: tuple[float, ...], parts: int) -> tuple[tuple[int, int], ...]:
     total, count = [0.0, *accumulate(costs)], len(costs)
 
     def merged(first: int, stop: int) -> tuple[float, float]:
@@ -62,4 +68,4 @@ def split_evenly(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
     for chosen in reversed(stops):
         found.append((first, chosen[first]))
         first = chosen[first]
-    return found
+    return tuple(found)

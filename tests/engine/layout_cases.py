@@ -42,6 +42,7 @@ from megalowrank.models.stages import split_layers
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, initialize_groups
 from megalowrank.parallel.wire import partial_parameters
+from tests.engine.equality_cases import METHODS as SHORT
 
 STEPS, LR, SEED, LENGTH, MICRO, ROWS = 32, 3e-3, 3, 8, 2, 4
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -52,14 +53,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "neox": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 23, "num_attention_heads": 4, "vocab_size": 30,
              "model_family": "neox", "rotary_percent": 0.5},
 }  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"lora_rank": 5, "lora_alpha": 5.0},
-    "switchlora": {"lora_rank": 5, "lora_alpha": 5.0, "switch_interval": 8, "switch_freeze_steps": 3,
-                   "switch_descent_rate": 1.0},
-    "relora": {"lora_rank": 5, "lora_alpha": 5.0, "relora_interval": 9, "relora_reset": "magnitude",
-               "relora_prune_ratio": 0.7},
-}  # fmt: skip
+SLOWER: dict[str, dict[str, Any]] = {
+    "lora": {"lora_init": "switchlora"},
+    "switchlora": {"switch_interval": 8, "switch_freeze_steps": 3},
+    "relora": {"relora_interval": 9},
+}
+METHODS = {name: {**flags, **SLOWER.get(name, {})} for name, flags in SHORT.items()}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"dp": 2},
     "tp2": {"tp": 2},
@@ -358,7 +357,7 @@ def difference(found: Run, expected: Run) -> dict[str, float]:
 
 def name_of(case: dict[str, Any]) -> str:
     """What the table calls a case."""
-    more = [key for key in ("float64", "bf16", "clip", "recompute", "poison") if case.get(key)] + [
+    more = [key for key in ("float64", "bf16", "clip", "recompute", "poison", "flags") if case.get(key)] + [
         case.get("schedule", "")
     ]
     return ", ".join((case["method"], case["layout"], case["family"], *filter(None, more)))

@@ -4,11 +4,15 @@ Each cell trains 32 updates (switches and merges among them) divided over ranks,
 gradient norm, the last evaluation and, put together from what all ranks hold, W, A, B, moments, clocks and
 candidates with a dense single process. In float64, which DeepSpeed does not have, tensor and sequence parallelism are
 compared to 1e-11; in float32 everything to 2e-5.
+
+``pytest --every-cell`` runs all of it. By default every layout runs for every method, with families that take turns so
+that each meets every method and every layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from megalowrank.models.architecture import FAMILIES as KNOWN
 from tests.engine.layout_cases import FAMILIES, LAYOUTS, METHODS, STEPS, name_of, world_of
 from tests.harness import run_ranks
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 TABLE = ("tp2", "tp2 sp", "tp4", "pp2", "pp2 tp2", "pp2 dp2", "tp2 dp2 zero1", "tp2 dp2 zero2", "tp2 dp2 zero3")
 EXACT = ("tp2", "tp2 sp", "tp4", "tp4 sp")
@@ -57,6 +61,8 @@ def special() -> Iterator[dict[str, Any]]:
             schedule = ("partial", "ride")[(m + number) // 2 % 2]
             case = {"method": method, "family": family, "layout": layout, "schedule": schedule}
             yield {**case, "recompute": True} if (m + number) % 3 == 0 else case
+    for method in ("switchlora", "relora"):
+        yield {"method": method, "family": "llama", "layout": "pp2", "flags": {"lora_target": ["layers.0.*"]}}
 
 
 def low() -> Iterator[dict[str, Any]]:
@@ -76,47 +82,70 @@ def poisoned() -> Iterator[dict[str, Any]]:
 CASES = [*table(), *exact(), *special(), *low(), *poisoned()]
 
 
+def core(case: dict[str, Any]) -> bool:
+    """Whether a case is one of the third that always runs."""
+    m, f = list(METHODS).index(case["method"]), list(FAMILIES).index(case["family"])
+    if case["layout"] in TABLE and not case.keys() & {"float64", "bf16", "poison", "flags"}:
+        return (m + f + TABLE.index(case["layout"])) % len(FAMILIES) == 0
+    return (m + list(LAYOUTS).index(case["layout"]) + (case.get("schedule") == "ride")) % 2 == 0 or "poison" in case
+
+
+def cells(cases: Iterator[dict[str, Any]]) -> list[Any]:
+    """Parameters of a test, the marked ones only for ``--every-cell``."""
+    return [pytest.param(case, id=name_of(case), marks=() if core(case) else pytest.mark.every_cell) for case in cases]
+
+
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
-    """What every rank reports of every case, by name."""
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
+    """What every rank reports of every case that is going to be tested, by name."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    chosen = [item.callspec.params["case"] for item in here if "case" in item.callspec.params]
     found: dict[str, list[Report]] = {}
     for world in (2, 4):
         folder: Path = tmp_path_factory.mktemp(f"layouts_{world}")
-        cases = [case for case in CASES if world_of(case["layout"]) == world]
-        ranks = run_ranks(
-            "tests.engine.layout_cases:compare", world, {"cases": cases, "folder": str(folder)}, folder, timeout=840
-        )
+        cases = [case for case in chosen if world_of(case["layout"]) == world]
+        payload = {"cases": cases, "folder": str(folder)}
+        ranks = run_ranks("tests.engine.layout_cases:compare", world, payload, folder, timeout=60 + 15 * len(cases))
         for case, *own in zip(cases, *ranks, strict=True):
             found[name_of(case)] = own
     return found
 
 
 def test_the_table_has_every_method_and_family() -> None:
-    assert METHODS.keys() == REGISTRY.keys(), "a method needs a line in layout_cases.METHODS"
+    assert METHODS.keys() == REGISTRY.keys(), "a method needs a line in equality_cases.METHODS"
     assert tuple(FAMILIES) == KNOWN and set(TABLE) <= LAYOUTS.keys()
     assert len({name_of(case) for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", list(table()) + list(special()), ids=name_of)
+def test_what_always_runs_has_every_pair() -> None:
+    chosen = [case for case in table() if core(case)]
+    for first, second in (("method", "layout"), ("method", "family"), ("layout", "family")):
+        whole = {(case[first], case[second]) for case in table()}
+        assert {(case[first], case[second]) for case in chosen} == whole
+    layouts = {case["layout"] for case in special()}
+    assert {case["layout"] for case in special() if core(case)} == layouts
+
+
+@pytest.mark.parametrize("case", cells(chain(table(), special())))
 def test_float32(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
     for report in reports[name_of(case)]:
         check(case, report, 2e-5)
 
 
-@pytest.mark.parametrize("case", list(poisoned()), ids=name_of)
+@pytest.mark.parametrize("case", cells(poisoned()))
 def test_skipped_updates(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
     for report in reports[name_of(case)]:
         check(case, report, 1e-11 if case.get("float64") else 2e-5)
         assert report["counters"][0]["attempts"] == STEPS + 2
 
 
-@pytest.mark.parametrize("case", list(exact()), ids=name_of)
+@pytest.mark.parametrize("case", cells(exact()))
 def test_float64(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
     for report in reports[name_of(case)]:
         check(case, report, 1e-11)
 
 
-@pytest.mark.parametrize("case", list(low()), ids=name_of)
+@pytest.mark.parametrize("case", cells(low()))
 def test_bfloat16(case: dict[str, Any], reports: dict[str, list[Report]]) -> None:
     """Sums over ranks are rounded to bfloat16 (2^-8 of a term), which an Adam step scales up where terms cancel."""
     for report in reports[name_of(case)]:

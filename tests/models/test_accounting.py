@@ -17,6 +17,7 @@ from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Adapters, Method
+from megalowrank.models.accounting.estimate import estimate
 from megalowrank.models.accounting.flops import (
     flops_breakdown,
     flops_per_token,
@@ -196,13 +197,14 @@ def test_bytes_of_the_residual_follow_its_type() -> None:
 
 def test_startup_table_is_aligned_and_says_what_it_counts() -> None:
     adapters = adapters_of("switchlora", lora_rank=4)
-    table = startup_table(CONFIG, adapters, Layout(2, True, 2, offload_optimizer=True, candidates="host"))
+    layout = Layout(2, True, 2, offload_optimizer=True, candidates="host")
+    table = startup_table(estimate(CONFIG, adapters, layout))
     count = count_parameters(CONFIG, adapters)
     lines = table.splitlines()
     assert any(line.startswith("trainable") and f"{count.trainable:,}" in line for line in lines)
     assert f"{100 * count.trainable / count.total:.2f}%" in table
-    assert len({len(line) for line in lines[: lines.index("")]}) == 1
-    assert len({len(line) for line in lines[lines.index("") + 1 :]}) == 1
+    blocks = [block.splitlines() for block in table.split("\n\n")]
+    assert [len({len(line) for line in block}) for block in blocks] == [1, 1, 1]
     for name in ("weights", "masters", "moments", "candidates (host)", "offload staging"):
         assert any(line.startswith(name) for line in lines)
 

@@ -13,7 +13,7 @@ import torch
 from megalowrank.config import ModelConfig
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Method
-from megalowrank.models.accounting.activations import kept_by_micro_batch, logits_workspace
+from megalowrank.models.accounting.activations import kept_by_micro_batch
 from megalowrank.models.accounting.layout import Layout
 from megalowrank.models.build import BuiltModel, build_gpt, build_llama
 from megalowrank.models.presets import apply_preset
@@ -38,11 +38,14 @@ def one_process() -> None:
         initialize_single_process(str(Path(folder) / "store"))
 
 
-def build(method_name: str, family: str, bf16: bool, recompute: bool, **flags: Any) -> tuple[Method, BuiltModel]:
+def build(
+    method_name: str, family: str, bf16: bool, recompute: bool, vocabulary: int | None = None, **flags: Any
+) -> tuple[Method, BuiltModel]:
     kind = method_class(method_name)
     method = kind(kind.config_class(**flags))
     builder = build_llama if family == "llama" else build_gpt
-    model = builder(FAMILIES[family], method, length=LENGTH, seed=1, recompute=recompute)
+    config = replace(FAMILIES[family], vocab_size=vocabulary or FAMILIES[family].vocab_size)
+    model = builder(config, method, length=LENGTH, seed=1, recompute=recompute)
     if bf16:
         model.module.bfloat16()
     model.module.train()
@@ -80,13 +83,30 @@ def test_a_forward_pass_keeps_what_was_predicted(method_name: str, family: str, 
     loss.backward()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_peak_of_a_micro_batch(family: str, recompute: bool) -> None:
-    method, model = build("lora", family, True, recompute, lora_rank=5)
-    layout = layout_of(True, recompute)
+def test_peak_of_the_loss(recompute: bool, bf16: bool) -> None:
+    """With a large vocabulary the most is held while the loss is computed."""
+    method, model = build("lora", "gpt2", bf16, recompute, 4000, lora_rank=5)
+    config = replace(FAMILIES["gpt2"], vocab_size=4000)
+    kept = kept_by_micro_batch(config, method.adapters(), layout_of(bf16, recompute))
     with Peak() as peak:
-        model.module(tokens()).backward()
-    kept = kept_by_micro_batch(FAMILIES[family], method.adapters(), layout).most(1, recompute)
+        loss = model.module(tokens())
+    predicted = kept.most(1, recompute) + kept.workspace(1, recompute)
+    assert peak.most == pytest.approx(predicted, rel=0.01)
+    assert peak.now < peak.most or not bf16
+    loss.backward()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_peak_of_recomputed_blocks(family: str) -> None:
+    """Many blocks that are recomputed: their inputs, all of one block, and a little of its backward pass."""
+    method, model = build("lora", family, True, True, lora_rank=1)
+    kept = kept_by_micro_batch(FAMILIES[family], method.adapters(), layout_of(True, True))
+    with Peak() as peak:
+        loss = model.module(tokens())
+        peak.most = 0
+        loss.backward()
     gradients = sum(2 * p.numel() for p in model.module.parameters() if p.requires_grad)
-    print(family, recompute, peak.most, kept, logits_workspace(FAMILIES[family], layout), gradients)
+    predicted = kept.most(1, True) + kept.workspace(1, True)
+    assert 0.9 * predicted < peak.most < 1.1 * predicted + gradients

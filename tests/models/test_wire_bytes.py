@@ -1,21 +1,31 @@
-"""Predicted collectives against those of real updates: bytes and calls, by group and collective."""
+"""Predictions against real updates on several ranks: collectives (calls and bytes), memory, activations, FLOPs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.activations import kept_by_micro_batch
+from megalowrank.models.accounting.layout import Layout, stage_blocks
+from megalowrank.models.accounting.memory import predicted_bytes
+from megalowrank.models.accounting.pipeline import rank_flops
 from megalowrank.models.accounting.wire import group_name, wire_bytes
 from tests.harness import run_ranks
 from tests.models.wire_cases import FAMILIES, LENGTH, ROWS, method_of
 
+Case = dict[str, Any]
 LORA = {"method": "lora", "flags": {"lora_rank": 5}}
 SOME = {"method": "lora", "flags": {"lora_rank": 5, "lora_target": ["layers.1.*", "o", "down"]}}
 FULL = {"method": "full"}
-_ZERO = {
+SWITCH = {"method": "switchlora", "flags": {"lora_rank": 5, "switch_interval": 4, "switch_freeze_steps": 1}}
+METHODS = {"llama": LORA, "gpt2": SOME, "neox": FULL}
+MIXED = {"attention.qkv": "partial", "mlp.down": "partial"}
+OTHERS = {"attention.o": "partial", "mlp.gate_up": "partial", "mlp.up": "partial"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OPTIONS = {
     "reduce_bucket_size": "reduce_bucket", "stage3_prefetch_bucket_size": "prefetch_bucket",
     "stage3_param_persistence_threshold": "persistence_threshold", "stage3_max_live_parameters": "max_live",
     "stage3_max_reuse_distance": "max_reuse", "overlap_comm": "overlap_comm", "reduce_scatter": "reduce_scatter",
@@ -23,42 +33,169 @@ _ZERO = {
 }  # fmt: skip
 
 
-def layout_of(case: dict[str, Any], world: int) -> Layout:
+def layout_of(case: Case, world: int) -> Layout:
     tensor, pipe, zero = case.get("tensor", 1), case.get("pipe", 1), case["zero"]
-    options = {_ZERO[key]: value for key, value in zero.items() if key in _ZERO}
+    options = {OPTIONS[key]: value for key, value in zero.items() if key in OPTIONS}
     return Layout(
         zero=zero["stage"], bf16=case.get("bf16", False), data_size=world // (tensor * pipe), tensor_size=tensor,
         pipe_size=pipe, sequence=case.get("sequence", False), schedules=case.get("schedules", {}), micro_batch=ROWS,
         accumulation=case.get("accumulation", 1), seq_length=LENGTH, recompute=bool(case.get("recompute")),
         decay_groups=bool(case.get("decay")), reduce_fp32="communication_data_type" in case.get("deepspeed", {}),
-        offload_optimizer="offload_optimizer" in zero, accelerator=False, **options,
+        offload_optimizer="offload_optimizer" in zero, offload_param="offload_param" in zero, accelerator=False,
+        candidates=method_of(case).candidates(), **options,
     )  # fmt: skip
 
 
-def predicted(case: dict[str, Any], world: int, stage: int, **options: Any) -> dict[str, list[int]]:
+def volumes(case: Case, world: int, result: dict[str, Any]) -> dict[str, list[int]]:
+    """Calls and bytes of the update in which ``moved`` vectors of every matrix were switched."""
+    moved = result["moved"]
     found = wire_bytes(
-        FAMILIES[case["family"]], method_of(case).adapters(), layout_of(case, world), stage, **options
+        FAMILIES[case["family"]], method_of(case).adapters(), layout_of(case, world), result["stage"],
+        (lambda matrix: (moved[matrix.name], 2 * moved[matrix.name], moved[matrix.name])) if moved else None,
     )  # fmt: skip
     return {f"{group}: {name}": [volume.calls, volume.payload] for (group, name), volume in found.items()}
 
 
-def check(cases: list[dict[str, Any]], world: int, tmp_path: Path) -> None:
-    """The last update of every case on every rank is what was predicted."""
+def differences(case: Case, world: int, result: dict[str, Any]) -> dict[str, Any]:
+    """What one rank measured, beside another prediction."""
+    config, adapters, layout = FAMILIES[case["family"]], method_of(case).adapters(), layout_of(case, world)
+    stage, pairs = result["stage"], {"volumes": (result["volumes"], volumes(case, world, result))}
+    micro = kept_by_micro_batch(config, adapters, replace(layout, bf16=False), stage)
+    blocks = len(micro.blocks) * micro.block_input if layout.recompute else sum(micro.blocks)
+    pairs["kept"] = (result["kept"], micro.begin + blocks + micro.end)
+    attention = 2.0 * LENGTH * config.hidden_size / layout.tensor_size * (3 + layout.recompute)
+    attention *= len(stage_blocks(config, adapters, layout, stage)) * ROWS * LENGTH * layout.accumulation
+    pairs["flops"] = (result["flops"], rank_flops(config, adapters, layout, stage) - attention)
+    predicted = predicted_bytes(config, adapters, layout, stage)
+    for name, size in result["memory"].items() if result["first"] else ():
+        pairs[name] = (pytest.approx(size, rel=0.01), predicted[name].total)
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check(cases: list[Case], world: int, tmp_path: Path) -> None:
+    """Every case on every rank is what was predicted."""
     ranks = run_ranks("tests.models.wire_cases:measure_all", world, cases, tmp_path)
-    wrong = []
-    for number, case in enumerate(cases):
-        for rank, results in enumerate(ranks):
-            result = results[number]
-            found, expected = result["updates"][-1]["volumes"], predicted(case, world, result["stage"])
-            if found != expected:
-                wrong.append((case, rank, found, expected))
+    wrong = [
+        (case, rank, found)
+        for number, case in enumerate(cases) for rank, results in enumerate(ranks)
+        if (found := differences(case, world, results[number]))
+    ]  # fmt: skip
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_data_parallel(tmp_path: Path) -> None:
-    cases: list[dict[str, Any]] = [
-        {"family": family, **method, "zero": {"stage": stage}, "bf16": bf16, "accumulation": 1 + (stage == bf16)}
-        for family, method in (("llama", LORA), ("gpt2", SOME), ("neox", FULL))
-        for stage in range(4) for bf16 in (False, True)
+def sharded_parameters(threshold: int, reuse: int, prefetch: int, **options: Any) -> dict[str, Any]:
+    """ZeRO-3 with these numbers of elements."""
+    return {
+        "stage": 3, "stage3_param_persistence_threshold": threshold, "stage3_max_reuse_distance": reuse,
+        "stage3_prefetch_bucket_size": prefetch, **options,
+    }  # fmt: skip
+
+
+def test_zero(tmp_path: Path) -> None:
+    """Stages 0 to 2 and the reductions they offer."""
+    cases: list[Case] = []
+    for family, method in METHODS.items():
+        cases += [
+            {"family": family, **method, "zero": {"stage": 0}, "accumulation": 2},
+            {"family": family, **method, "zero": {"stage": 1}, "bf16": True, "accumulation": 2},
+            {"family": family, **method, "zero": {"stage": 2}, "bf16": True, "accumulation": 2, "recompute": True},
+        ]
+    cases += [
+        {"family": "llama", **SWITCH, "zero": {"stage": 0}},
+        {"family": "gpt2", **SWITCH, "zero": {"stage": 2}, "bf16": True},
+        {"family": "llama", **LORA, "zero": {"stage": 0}, "bf16": True},
+        {"family": "llama", **LORA, "zero": {"stage": 1, "reduce_bucket_size": 300}, "decay": 0.1},
+        {"family": "llama", **LORA, "zero": {"stage": 1, **OFFLOAD}, "bf16": True},
+        {"family": "neox", **SOME, "zero": {"stage": 2, "use_multi_rank_bucket_allreduce": False}},
+        {"family": "neox", **SOME, "zero": {"stage": 1, "reduce_scatter": False}},
+        {
+            "family": "neox", **SOME, "zero": {"stage": 1, "overlap_comm": True}, "bf16": True, "accumulation": 2,
+            "deepspeed": {"communication_data_type": "fp32"},
+        },
     ]  # fmt: skip
     check(cases, 2, tmp_path)
+
+
+def test_zero_3(tmp_path: Path) -> None:
+    """Gathers by DeepSpeed's rules: persistent parameters, buckets ahead of time, what is kept for reuse."""
+    cases: list[Case] = [{"family": family, **method, "zero": {"stage": 3}} for family, method in METHODS.items()]
+    for family, method in METHODS.items():
+        cases += [
+            {"family": family, **method, "zero": sharded_parameters(100, 0, 0), "bf16": True},
+            {
+                "family": family, **method, "zero": sharded_parameters(100, 1000, 500), "bf16": True,
+                "recompute": True,
+            },
+        ]  # fmt: skip
+    cases += [
+        {"family": "llama", **LORA, "zero": sharded_parameters(0, 10**9, 10**7), "recompute": True, "accumulation": 2},
+        {
+            "family": "llama", **LORA, "accumulation": 3,
+            "zero": sharded_parameters(40, 3000, 300, stage3_max_live_parameters=1500),
+        },
+        {"family": "llama", **SWITCH, "zero": sharded_parameters(100, 10**9, 10**7), "bf16": True},
+        {"family": "llama", **LORA, "zero": {"stage": 3, "reduce_bucket_size": 600, "reduce_scatter": False}},
+        {
+            "family": "neox", **SOME, "zero": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
+            "bf16": True, "decay": 0.1,
+        },
+    ]  # fmt: skip
+    check(cases, 2, tmp_path)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_parallel(sequence: bool, tmp_path: Path) -> None:
+    cases: list[Case] = []
+    for family, method in {**METHODS, "gpt2": LORA}.items():
+        shared = {"family": family, **method, "tensor": 2, "sequence": sequence}
+        cases += [
+            {**shared, "zero": {"stage": 0}, "recompute": True},
+            {**shared, "zero": {"stage": 1}, "bf16": True, "accumulation": 2, "schedules": MIXED},
+            {**shared, "zero": {"stage": 2}, "accumulation": 2, "schedules": OTHERS, "recompute": True},
+        ]
+    check(cases, 2, tmp_path)
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    cases: list[Case] = [
+        {"family": "llama", **LORA, "pipe": 2, "zero": {"stage": 1}},
+        {"family": "gpt2", **LORA, "pipe": 2, "zero": {"stage": 1}, "bf16": True, "accumulation": 3},
+        {"family": "neox", **FULL, "pipe": 2, "zero": {"stage": 1}, "recompute": True, "accumulation": 2},
+        {"family": "llama", **SWITCH, "pipe": 2, "zero": {"stage": 1}, "bf16": True, "decay": 0.1},
+    ]
+    check(cases, 2, tmp_path)
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    """Tensor, pipeline and data parallelism at once; four stages."""
+    cases: list[Case] = [
+        {
+            "family": "llama", **SWITCH, "tensor": 2, "sequence": True, "zero": {"stage": 1}, "bf16": True,
+            "accumulation": 2, "schedules": MIXED,
+        },
+        {"family": "gpt2", **LORA, "tensor": 2, "zero": sharded_parameters(40, 0, 300), "bf16": True},
+        {"family": "neox", **SOME, "tensor": 4, "sequence": True, "zero": {"stage": 1}},
+        {
+            "family": "gpt2", **LORA, "pipe": 2, "tensor": 2, "sequence": True, "zero": {"stage": 1},
+            "accumulation": 3, "bf16": True,
+        },
+        {"family": "llama", **SOME, "pipe": 2, "zero": {"stage": 1}, "accumulation": 3, "decay": 0.1},
+        {"family": "gpt2", **FULL, "pipe": 4, "zero": {"stage": 1}, "accumulation": 5},
+    ]  # fmt: skip
+    check(cases, 4, tmp_path)
+
+
+def test_groups_with_the_same_ranks_have_one_name() -> None:
+    names = {
+        (1, 1, 1): {}, (2, 1, 1): dict.fromkeys(("world", "stage", "model", "tensor"), "tensor"),
+        (1, 2, 1): dict.fromkeys(("world", "stage", "data"), "data"),
+        (1, 1, 2): dict.fromkeys(("world", "model", "pipe"), "pipe"),
+        (2, 2, 1): {"world": "stage", "stage": "stage", "model": "tensor", "tensor": "tensor", "data": "data"},
+        (2, 1, 2): {"world": "world", "model": "world", "stage": "tensor", "tensor": "tensor", "pipe": "pipe"},
+        (1, 2, 2): {"world": "world", "model": "pipe", "stage": "data", "data": "data", "pipe": "pipe"},
+        (2, 2, 2): {name: name for name in ("world", "model", "stage", "tensor", "data", "pipe")},
+    }  # fmt: skip
+    for (tensor, data, pipe), expected in names.items():
+        layout = Layout(1, False, data, tensor_size=tensor, pipe_size=pipe)
+        found = {kind: group_name(kind, layout) for kind in ("world", "model", "stage", "pipe", "data", "tensor")}
+        assert {kind: name for kind, name in found.items() if name} == expected

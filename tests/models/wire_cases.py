@@ -1,4 +1,4 @@
-"""Ranks of test_wire_bytes and test_accounting_layouts: real updates of small models under a count of collectives.
+"""Ranks of test_wire_bytes: real updates of small models, their collectives, memory, activations and FLOPs.
 
 A case is a JSON object: ``family``, ``method``, ``flags`` of the method, ``bf16``, ``tensor``, ``pipe``, ``sequence``,
 ``schedules`` (per fused projection), ``accumulation``, ``recompute``, ``zero`` (``zero_optimization``), ``deepspeed``
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.engine.memory import measured_bytes
@@ -27,29 +28,13 @@ from megalowrank.parallel.groups import Groups, initialize_groups
 from megalowrank.parallel.traffic import Traffic
 from tests.models.kept import Kept
 
-LENGTH, ROWS, STEPS = 16, 3, 5
+LENGTH, ROWS, STEPS = 16, 3, 4
 SMALL = ModelConfig(num_layers=4, hidden_size=16, num_attention_heads=4, vocab_size=31)
 FAMILIES = {
     "llama": apply_preset(replace(SMALL, ffn_hidden_size=21, num_query_groups=2), None),
     "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=20), None),
     "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=27, rotary_percent=0.5), None),
 }
-
-
-class Record(Traffic):
-    """A ``Traffic`` that also notes every call in order: group, collective, payload."""
-
-    def __init__(self, labels: Any) -> None:
-        super().__init__(labels)
-        self.calls: list[tuple[str, str, int]] = []
-
-    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
-        before = {key: volume.payload for key, volume in self.volumes.items()}
-        count = {key: volume.calls for key, volume in self.volumes.items()}
-        super()._count(func, args)
-        for key, volume in self.volumes.items():
-            if volume.calls != count.get(key, 0):
-                self.calls.append((*key, volume.payload - before.get(key, 0)))
 
 
 def method_of(case: dict[str, Any]) -> Method:
@@ -93,6 +78,35 @@ def deepspeed_config(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kept_bytes(model: BuiltModel) -> int:
+    """What autograd keeps of one micro-batch of this stage, in float32."""
+    part, known = model.module, [*model.module.parameters()]
+    known += [] if part.angles is None else [part.angles]
+    tokens = torch.randint(0, 31, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    part.train()
+    with Kept(known) as kept:
+        if part.place.begins:
+            hidden = part.embed(tokens[:, :-1])
+        else:
+            length = LENGTH // part.wire.size if part.wire.sequence else LENGTH
+            hidden = torch.randn(length, ROWS, 16, requires_grad=True)
+        hidden = part.run_blocks(hidden)
+        if part.place.ends:
+            hidden = part.loss(part.head(hidden), tokens[:, 1:])
+    return kept.nbytes
+
+
+def counted_flops(step: Any) -> int:
+    """FLOPs that torch counts in ``step``; it has no formula for the in-place addmm, and skips the fused attention."""
+
+    def in_place(output: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def switched(method: Method, model: BuiltModel) -> dict[str, int]:
     """Vectors of A that every matrix has switched so far, and as many of B; none for a method that does not switch."""
     counts = getattr(method, "switched", None)
@@ -100,32 +114,29 @@ def switched(method: Method, model: BuiltModel) -> dict[str, int]:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Collectives of every update, and bytes held after the last, on this rank. Collective."""
+    """The collectives of the last update, and what this rank held and computed. Collective."""
     parallel = ParallelConfig(case.get("tensor", 1), case.get("pipe", 1), case.get("sequence", False))
     groups = initialize_groups(parallel)
     method = method_of(case)
     model = built(case, method, groups)
-    optimizer_config = train_of(case)
-    config = FAMILIES[case["family"]]
-    engine = make_engine(model, config, optimizer_config, deepspeed_config(case, groups), groups)
-    ctx = Context(
-        model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False)
-    )  # fmt: skip
+    kept = kept_bytes(model)
+    settings = deepspeed_config(case, groups)
+    engine = make_engine(model, FAMILIES[case["family"]], train_of(case), settings, groups)
+    ctx = Context(model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False))
     method.start(ctx)
     source = torch.Generator().manual_seed(groups.data_rank)
-    updates = []
+    batches = [torch.randint(0, 31, (ROWS, LENGTH + 1), generator=source) for _ in range(case.get("accumulation", 1))]
+    flops = counted_flops(lambda: engine.train_step(batches, 1e-3))
     for step in range(STEPS):
-        batches = [torch.randint(0, 31, (ROWS, LENGTH + 1), generator=source) for _ in range(case.get("accumulation", 1))]
-        record, before = Record(groups.labels()), switched(method, model)
-        with record:
+        traffic, before = Traffic(groups.labels()), switched(method, model)
+        with traffic:
             method.before_step(step, ctx)
             engine.train_step(batches, 1e-3)
-        volumes = {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in record.take().items()}
-        moved = {name: count - before[name] for name, count in switched(method, model).items()}
-        updates.append({"volumes": volumes, "calls": record.calls, "moved": moved})
     found = {
-        "updates": updates, "memory": measured_bytes(engine, method, model.layers), "stage": groups.pipe_rank,
-        "data_rank": groups.data_rank, "tensor_rank": groups.tensor_rank,
+        "volumes": {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in traffic.take().items()},
+        "moved": {name: count - before[name] for name, count in switched(method, model).items()},
+        "memory": measured_bytes(engine, method, model.layers), "kept": kept, "flops": flops,
+        "stage": groups.pipe_rank, "first": groups.data_rank == 0,
     }  # fmt: skip
     engine.close()
     gc.collect()

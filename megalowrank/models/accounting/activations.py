@@ -35,7 +35,7 @@ INTEGER, FLOAT = 8, 4
 class Kept:
     """Bytes that one micro-batch keeps: each block of a stage, what a recomputed block keeps instead, both ends.
 
-    ``logits`` and ``inner`` are held for a moment: the logits in low precision, two gradients as wide as an MLP.
+    ``logits`` and ``inner`` are held for a moment: the logits in low precision, the gradients within an MLP.
     """
 
     blocks: list[int]
@@ -55,7 +55,7 @@ class Kept:
         return in_flight * (self.begin + len(self.blocks) * self.block_input) + max(self.end, *self.blocks)
 
     def workspace(self, in_flight: int, recompute: bool) -> int:
-        """What is held beside that at the worst moment: the logits with the loss, or two gradients of an MLP's width."""
+        """What is held beside that at the worst moment: the logits with the loss, or gradients in the last block."""
         most = self.most(in_flight, recompute)
         rest = most - (max(self.end, *self.blocks) if recompute else self.end)
         last = max(self.blocks) if recompute else 0
@@ -81,7 +81,7 @@ def kept_by_micro_batch(config: ModelConfig, adapters: Adapters | None, layout: 
         begin=_begin(config, layout) if stage == 0 else 0,
         end=_end(config, layout) if last else 0,
         logits=layout.tokens * vocabulary * layout.low if last and layout.bf16 else 0,
-        inner=2 * layout.tokens * share(config.ffn_hidden_size or 0, 0, layout.tensor_size).padded * layout.low,
+        inner=2 * own + layout.tokens * share(config.ffn_hidden_size or 0, 0, layout.tensor_size).padded * layout.low,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.activations import in_flight, kept_by_micro_batch
+from megalowrank.models.accounting.gathers import gathered_by_micro_batch
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.parts import Part, local_sizes, rank_parts
 from megalowrank.models.accounting.shapes import all_projections
@@ -47,7 +48,8 @@ def predicted_bytes(config: ModelConfig, adapters: Adapters | None, layout: Layo
     the most that is held of them, as the backward pass ends or while AdamW runs; between updates they are mostly
     gone. With ``offload_optimizer`` more than one micro-batch needs host memory for whole gradients besides.
     ``activations`` is the most that autograd keeps, ``workspace`` what a backward pass holds beside it, ``buckets``
-    what DeepSpeed reduces gradients in; the three come with ``layout.seq_length``. Raises ConfigError for bad patterns.
+    what DeepSpeed reduces gradients in, ``gathered`` the most that ZeRO-3 has whole of parameters that are not
+    persistent; these come with ``layout.seq_length``. Raises ConfigError for bad patterns.
     """
     parts = rank_parts(config, adapters, layout, stage)
     found = {name: Bytes() for name in STATE}
@@ -66,6 +68,9 @@ def predicted_bytes(config: ModelConfig, adapters: Adapters | None, layout: Layo
         found["activations"] = Bytes(micro.most(count, layout.recompute))
         found["workspace"] = Bytes(micro.workspace(count, layout.recompute))
         found["buckets"] = Bytes(_buckets(parts, layout))
+        if layout.zero == 3 and layout.data_size > 1:
+            blocks = stage_blocks(config, adapters, layout, stage)
+            found["gathered"] = Bytes(gathered_by_micro_batch(config, parts, blocks, layout).most * layout.low)
     return found
 
 

@@ -18,14 +18,11 @@ def startup_table(found: Estimate, stage: int | None = None) -> str:
 
 
 def summary(found: Estimate) -> list[str]:
-    """What does not fit a table: the ranks, the batch, the arithmetic, the schedules."""
+    """What does not fit a table: the arithmetic of a rank, and how low-rank products travel."""
     layout = found.layout
-    lines = [
-        f"{layout.world} ranks: tensor {layout.tensor_size} x pipeline {layout.pipe_size} x data {layout.data_size}; "
-        f"{found.tokens:,} tokens per update in {layout.accumulation} micro-batches of {layout.micro_batch} samples",
-        f"{found.flops_per_token / 1e9:.3f} GFLOP per token; {max(found.pipeline.flops) / 1e12:.2f} TFLOP per update "
-        f"on a rank of the busiest stage, pipeline bubble {100 * found.pipeline.bubble:.1f} %",
-    ]
+    lines = [f"{max(found.pipeline.flops) / 1e9:,.3f} GFLOP per update on a rank of the busiest stage"]
+    if layout.pipe_size > 1:
+        lines[0] += f", pipeline bubble {100 * found.pipeline.bubble:.1f} %"
     if layout.tensor_size > 1 and found.count.factors:
         chosen = ", ".join(f"{name} {schedule}" for name, schedule in layout.schedules.items())
         lines.append(f"low-rank products: {chosen or 'ride'}")
