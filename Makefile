@@ -1,6 +1,6 @@
 # make pretrain   everything from nothing to a pre-trained LLaMA, its loss curve and a checkpoint
 # make test       the test suite            make check   lint and type check
-# make test-layouts   every method under every layout for every family (make test takes a third of them)
+# make test-layouts   every method under every layout for every family (make test takes a quarter)
 # make install    only the virtual environment   make data-enwik8   100 MB of Wikipedia as training data
 PYTHON ?= python3
 VENV ?= .venv

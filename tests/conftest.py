@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(default), help="folder of golden traces; default: the project's copy")
     parser.addoption("--tp", type=int, choices=(1, 2, 4), help="tensor-parallel size of golden replays")
     parser.addoption("--pp", type=int, choices=(1, 2), help="pipeline-parallel size of golden replays")
-    parser.addoption("--every-cell", action="store_true", help="the whole table of layouts, not a third of it")
+    parser.addoption("--every-cell", action="store_true", help="the whole table of layouts, not a quarter of it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

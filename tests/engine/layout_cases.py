@@ -282,6 +282,7 @@ def drop_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group not in kept:
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 # ---------------------------------------------------------------- what is compared

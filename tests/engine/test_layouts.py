@@ -5,8 +5,8 @@ gradient norm, the last evaluation and, put together from what all ranks hold, W
 candidates with a dense single process. In float64, which DeepSpeed does not have, tensor and sequence parallelism are
 compared to 1e-11; in float32 everything to 2e-5.
 
-``pytest --every-cell`` runs all of it. By default every layout runs for every method, with families that take turns so
-that each meets every method and every layout.
+``pytest --every-cell`` (``make test-layouts``) runs all of it. By default a quarter runs, in which every layout, method
+and family occurs.
 """
 
 from __future__ import annotations
@@ -83,11 +83,14 @@ CASES = [*table(), *exact(), *special(), *low(), *poisoned()]
 
 
 def core(case: dict[str, Any]) -> bool:
-    """Whether a case is one of the third that always runs."""
+    """Whether a case is one of the quarter that always runs."""
     m, f = list(METHODS).index(case["method"]), list(FAMILIES).index(case["family"])
+    number = list(LAYOUTS).index(case["layout"])
     if case["layout"] in TABLE and not case.keys() & {"float64", "bf16", "poison", "flags"}:
-        return (m + f + TABLE.index(case["layout"])) % len(FAMILIES) == 0
-    return (m + list(LAYOUTS).index(case["layout"]) + (case.get("schedule") == "ride")) % 2 == 0 or "poison" in case
+        return (m + number) % 2 == 0 and (m // 2 + number) % len(FAMILIES) == f
+    if "float64" in case and "poison" not in case:
+        return (m + number + (case["schedule"] == "ride")) % 4 == 0
+    return (m + number) % 4 == 0 or case["layout"] in ("pp2", "tp2 sp")
 
 
 def cells(cases: Iterator[dict[str, Any]]) -> list[Any]:
@@ -117,13 +120,13 @@ def test_the_table_has_every_method_and_family() -> None:
     assert len({name_of(case) for case in CASES}) == len(CASES)
 
 
-def test_what_always_runs_has_every_pair() -> None:
-    chosen = [case for case in table() if core(case)]
-    for first, second in (("method", "layout"), ("method", "family"), ("layout", "family")):
-        whole = {(case[first], case[second]) for case in table()}
-        assert {(case[first], case[second]) for case in chosen} == whole
-    layouts = {case["layout"] for case in special()}
-    assert {case["layout"] for case in special() if core(case)} == layouts
+def test_what_always_runs_has_everything_once() -> None:
+    chosen = [case for case in CASES if core(case)]
+    for key, whole in (("method", METHODS), ("family", FAMILIES), ("layout", {case["layout"] for case in CASES})):
+        assert {case[key] for case in chosen} >= set(whole)
+    for method in METHODS:
+        assert len({case["layout"] for case in chosen if case["method"] == method}) >= 4
+    assert {case["schedule"] for case in chosen if case.get("float64") and "schedule" in case} == {"ride", "partial"}
 
 
 @pytest.mark.parametrize("case", cells(chain(table(), special())))
@@ -162,6 +165,6 @@ def check(case: dict[str, Any], report: Report, tolerance: float) -> None:
     assert report["starts"][0] == report["starts"][1], "the layout changed initial weights or candidates"
     assert found == pytest.approx(expected, abs=1e-6)
     if case["method"] == "switchlora":
-        assert found["switched_vectors"] > 200
+        assert found["switched_vectors"] > (200 if "flags" not in case else 100)
     if case["method"] == "relora":
         assert found["merges"] == 3 and found["zeroed_exp_avg"] == pytest.approx(0.7, abs=0.01)
