@@ -19,7 +19,8 @@ class Groups:
     """The groups a rank belongs to, with its place in each.
 
     ``data`` holds the ranks that hold the same part of the model, ``tensor`` those that share every layer of a
-    pipeline stage, ``pipe`` one rank of every stage, ``stage`` all ranks of this stage, ``everyone`` the job. Ranks
+    pipeline stage, ``pipe`` one rank of every stage, ``model`` the ranks of both, ``stage`` all ranks of this stage, and
+    ``everyone`` the job. Ranks
     count tensor-parallel ranks fastest and stages slowest: rank = (stage · data size + data rank) · tensor size + rank.
     """
 
@@ -32,6 +33,7 @@ class Groups:
     pipe: Any
     pipe_rank: int
     pipe_size: int
+    model: Any
     stage: Any
     everyone: Any
     rank: int
@@ -41,7 +43,8 @@ class Groups:
     def labels(self) -> dict[tuple[int, ...], str]:
         """Names of groups by their ranks, ascending; where two groups have the same ranks, the inner one's."""
         known = {
-            "world": self.everyone, "stage": self.stage, "pipe": self.pipe, "data": self.data, "tensor": self.tensor,
+            "world": self.everyone, "model": self.model, "stage": self.stage, "pipe": self.pipe, "data": self.data,
+            "tensor": self.tensor,
         }  # fmt: skip
         return {tuple(sorted(dist.get_process_group_ranks(group))): name for name, group in known.items()}
 
@@ -124,6 +127,7 @@ def initialize_groups(config: ParallelConfig) -> Groups:
         pipe=pipe,
         pipe_rank=dist.get_rank(pipe),
         pipe_size=dist.get_world_size(pipe),
+        model=parallel_state.get_model_parallel_group(),
         stage=parallel_state.get_tensor_and_data_parallel_group(),
         everyone=dist.group.WORLD,
         rank=dist.get_rank(),

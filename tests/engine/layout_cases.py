@@ -167,7 +167,7 @@ def train(engine: Engine, method: Method, ctx: Context, shares: Any, poison: Poi
 
 def alone() -> Groups:
     """The groups of a process that communicates with nobody."""
-    one = {name: None for name in ("data", "tensor", "pipe", "stage", "everyone")}
+    one = {name: None for name in ("data", "tensor", "pipe", "model", "stage", "everyone")}
     ranks = {f"{name}_{kind}": kind == "size" for name in ("data", "tensor", "pipe") for kind in ("rank", "size")}
     return Groups(**one, **{name: int(value) for name, value in ranks.items()}, rank=0, world=1)
 

@@ -64,7 +64,7 @@ def case(variant: str, layout: str, **more: Any) -> dict[str, Any]:
 
 def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
     """FIFO under every layout, precision and accumulation, merges under every layout and precision; the other
-    variants under every other layout in turns."""
+    variants under every third layout in turns."""
     found = []
     for at, layout in enumerate(layouts):
         found += [case("fifo", layout, bf16=bf16, micro=micro) for bf16 in (False, True) for micro in (1, 2)]
@@ -73,8 +73,8 @@ def exact_cases(layouts: Iterable[str]) -> list[dict[str, Any]]:
             for variant in EVERYWHERE[1:] for bf16 in (False, True)
         ]  # fmt: skip
         for v, variant in enumerate(VARIANTS):
-            if variant not in EVERYWHERE and (v + at) % 2 == 0:
-                turn = (v + at) // 2
+            if variant not in EVERYWHERE and (v + at) % 3 == 0:
+                turn = (v + at) // 3
                 found.append(case(variant, layout, bf16=turn % 2 == 1, micro=1 + turn // 2 % 2))
     return found
 
@@ -128,7 +128,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Report]]
     """By number of ranks."""
     folder = tmp_path_factory.mktemp("equality")
     return {
-        1: launch(1, exact_cases(SMALL_SET) + clipped_cases()[::3], folder),
+        1: launch(1, exact_cases(SMALL_SET[::2]) + clipped_cases()[::3], folder),
         2: launch(2, exact_cases(LAYOUTS) + special_cases() + clipped_cases(), folder),
         4: launch(4, four_rank_cases(), folder),
     }
@@ -142,7 +142,7 @@ def beyond(worst: dict[str, dict[str, float]], limit: float, how: str = "max") -
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_dense_training(reports: dict[int, list[Report]], world: int) -> None:
     exact = [(case, ranks) for case, ranks in reports[world] if "clip" not in case]
-    assert len(exact) >= {1: 55, 2: 110}[world]
+    assert len(exact) >= {1: 25, 2: 110}[world]
     for case, ranks in exact:
         for report in ranks:
             assert beyond(report["worst"], 0.0) == {}, case
