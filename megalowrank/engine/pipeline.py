@@ -105,6 +105,7 @@ class PipelineEngine:
         self.layout, self.state = bind_state(self.deepspeed, layers, optimizer, groups)
         self.partial = complete_partial_gradients(part, config, groups)
         self._has_data = part.place.begins or part.place.ends
+        self._shape: torch.Size | None = None
 
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
         """One update at learning rate ``lr``; a non-finite loss or gradient skips it on all ranks."""
@@ -121,7 +122,13 @@ class PipelineEngine:
         return self.deepspeed.eval_batch(self._pairs(micro_batches), num_micro_batches=count).reshape(())
 
     def _pairs(self, micro_batches: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
-        """Inputs and labels [B, S], for the stages that load them."""
+        """Inputs and labels [B, S], for the stages that load them.
+
+        Stages receive into buffers of the last shape, which are given up where it changes.
+        """
+        if self._shape not in (None, micro_batches[0].shape):
+            self.deepspeed.reset_activation_shape()
+        self._shape = micro_batches[0].shape
         if not self._has_data:
             return None
         return iter([(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in micro_batches])

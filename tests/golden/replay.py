@@ -1,4 +1,7 @@
-"""Replay the tiny-LLaMA runs of reference implementations (format: tests/golden/data/FORMAT.md)."""
+"""Replay the tiny-LLaMA runs of reference implementations (format: tests/golden/data/FORMAT.md).
+
+On one process, or on ranks that divide the model by layer width (``tp``), by layer (``pp``) and by data.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,24 @@ from megalowrank.config import ModelConfig, ParallelConfig
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.engine.partial import NormOverRanks
+from megalowrank.engine.pipeline import PipelineEngine
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
-from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.factors import LowRankFactors, factor_places
+from megalowrank.lowrank.state import Spread
 from megalowrank.methods import METHODS, method_class
 from megalowrank.methods.base import Context, Method
 from megalowrank.methods.relora import ReLoRA
+from megalowrank.models.architecture import LLAMA_FAMILIES, completed
 from megalowrank.models.build import BuiltModel, build_llama
-from megalowrank.parallel.groups import initialize_groups
+from megalowrank.models.stages import split_layers
+from megalowrank.models.transformer import Placement
+from megalowrank.parallel.groups import Groups, initialize_groups
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=4, vocab_size=256
 )  # fmt: skip
+Replayed = tuple[list[float], float]
 PARTS = {"self_attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
@@ -104,14 +114,15 @@ def reference_name(name: str) -> str:
     return {"embedding.weight": "embed_tokens.weight", "output.weight": "lm_head.weight"}.get(renamed, renamed)
 
 
-def build(golden: Golden, dtype: torch.dtype) -> tuple[Method, BuiltModel]:
-    """The model of a run with its recorded initial weights and factors."""
+def build(golden: Golden, dtype: torch.dtype, groups: Groups | None = None) -> tuple[Method, BuiltModel]:
+    """The model of a run, or this rank's part of it, with its recorded initial weights and factors."""
     cfg = golden.record["cfg"]
     kind = method_class(golden.family)
     method = kind(kind.config_class(**SETTINGS.get(golden.family, lambda golden: {})(golden)))
     if isinstance(method, ReLoRA):
         method.redraw = partial(recorded_draw, golden)  # type: ignore[method-assign]
-    model = build_llama(MODEL, method, length=64, seed=0, dtype=dtype)
+    place = None if groups is None else placement(method, groups)
+    model = build_llama(MODEL, method, length=64, seed=0, dtype=dtype, place=place)
     weights = np.load(golden.folder / "tiny_llama_init.npz")
     drawn = np.load(golden.folder / f"{golden.name}_A.npz") if golden.family != "full" else {}
     for tensor in model.tensors:
@@ -122,9 +133,15 @@ def build(golden: Golden, dtype: torch.dtype) -> tuple[Method, BuiltModel]:
         else:
             value = np.zeros(tensor.shape)
         assert value.shape == tensor.shape, tensor.name
-        flat = tensor.parameter.data.view(-1)[tensor.start : tensor.start + value.size]
-        flat.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(-1))
+        tensor.fill(torch.from_numpy(value))
     return method, model
+
+
+def placement(method: Method, groups: Groups) -> Placement:
+    """The part of the model on this rank."""
+    config, last = completed(MODEL, LLAMA_FAMILIES, 64), groups.pipe_size - 1
+    blocks = split_layers(config, method.adapters(), groups.pipe_size)[groups.pipe_rank]
+    return Placement(groups.wire(), blocks, groups.pipe_rank == 0, groups.pipe_rank == last)
 
 
 def optimizer_of(golden: Golden, model: BuiltModel) -> VectorClockAdamW:
@@ -135,43 +152,73 @@ def optimizer_of(golden: Golden, model: BuiltModel) -> VectorClockAdamW:
 
 
 def train(
-    golden: Golden, method: Method, model: BuiltModel, engine: Engine, rank: int = 0, world: int = 1
-) -> tuple[list[float], float]:
-    """(training loss before every update, final validation loss)."""
+    golden: Golden, method: Method, model: BuiltModel, engine: Engine, groups: Groups | None = None, updates: int = 0
+) -> Replayed:
+    """(training loss before every update, final validation loss); ``updates`` above 0 stops there."""
     record, data = golden.record, np.load(golden.folder / "tiny_llama_data.npz")
-    steps, losses = record["cfg"]["steps"], []
-    ctx = Context(model.layers, engine.state, 0, steps, rank, world, host_allocator(False))
+    rank, world = (groups.data_rank, groups.data_size) if groups else (0, 1)
+    ctx = Context(model.layers, engine.state, 0, record["cfg"]["steps"], rank, world, host_allocator(False))
     method.start(ctx)
-    for update in range(steps):
+    losses, rows = [], 16 // world // passes(groups)
+    for update in range(updates or record["cfg"]["steps"]):
         method.before_step(update, ctx)
         batch = torch.from_numpy(data["train"][update]).long().chunk(world)[rank]
-        losses.append(float(engine.train_step([batch], record["lr"][update]).loss))
-    return losses, float(engine.eval_step([torch.from_numpy(data["val"]).long()]))
+        losses.append(float(engine.train_step(batch.split(rows), record["lr"][update]).loss))
+    return losses, float(engine.eval_step(torch.from_numpy(data["val"]).long().split(rows)))
 
 
-def dense(golden: Golden, dtype: torch.dtype) -> tuple[list[float], float]:
+def passes(groups: Groups | None) -> int:
+    """Micro-batches of an update: enough to keep the stages of a pipeline busy."""
+    return 1 if groups is None else 2 * groups.pipe_size if groups.pipe_size > 1 else 1
+
+
+def dense(golden: Golden, dtype: torch.dtype) -> Replayed:
     """Replay without DeepSpeed."""
     method, model = build(golden, dtype)
     return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), 1.0))
 
 
-def through_deepspeed(payload: dict[str, Any]) -> list[tuple[list[float], float]]:
-    """Replay runs in float32 at ZeRO-2 on this job's ranks."""
+def divided(payload: dict[str, Any]) -> list[Replayed]:
+    """Replay runs on this job's ranks: in float64 by tensor parallelism alone, else in float32 through DeepSpeed.
+
+    ``payload``: ``folder``, ``runs``, ``tp``, ``pp``, ``updates`` (0: all), and ``stage`` of ZeRO or None for float64.
+    """
     initialize_distributed(None)
-    groups = initialize_groups(ParallelConfig())
-    results = []
+    sizes = ParallelConfig(tensor_model_parallel_size=payload["tp"], pipeline_model_parallel_size=payload["pp"])
+    groups, stage, results = initialize_groups(sizes), payload["stage"], []
     for name in payload["runs"]:
         golden = Golden(Path(payload["folder"]), name)
-        method, model = build(golden, torch.float32)
-        settings = {
-            "train_batch_size": 16,
-            "train_micro_batch_size_per_gpu": 16 // groups.data_size,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-        }
-        engine = ZeroEngine(model.module, model.layers, optimizer_of(golden, model), settings, groups)
-        results.append(train(golden, method, model, engine, groups.data_rank, groups.data_size))
-        engine.close()
+        method, model = build(golden, torch.float64 if stage is None else torch.float32, groups)
+        make = exact_engine if stage is None else partial(zero_engine, stage=stage)
+        engine = make(model, optimizer_of(golden, model), groups)
+        results.append(train(golden, method, model, engine, groups, payload["updates"]))
+        if stage is not None:
+            engine.close()
     return results
+
+
+def exact_engine(model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups) -> DenseEngine:
+    """An engine in float64, which DeepSpeed does not have."""
+    assert groups.data_size == groups.pipe_size == 1
+    spread = Spread(factor_places(model.layers, groups.tensor_rank), groups.tensor)
+    engine = DenseEngine(model.module, model.layers, optimizer, 1.0, spread)
+    optimizer.norm_over = NormOverRanks(groups.tensor)
+    return engine
+
+
+def zero_engine(
+    model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups, *, stage: int
+) -> ZeroEngine | PipelineEngine:
+    """The engine of a training run."""
+    settings = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 16 // groups.data_size // passes(groups),
+        "gradient_accumulation_steps": passes(groups),
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if groups.pipe_size > 1:
+        return PipelineEngine(model.module, model.layers, optimizer, settings, groups, tied=False)
+    return ZeroEngine(model.module, model.layers, optimizer, settings, groups)
