@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if importlib.util.find_spec("megalowrank") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,9 +36,16 @@ from megalowrank.models.architecture import FAMILIES, check_tensor_parallel
 from megalowrank.models.presets import apply_preset
 
 
-def own_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigError: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.replace("argument --", "--"))
+
+
+def own_parser() -> Parser:
     """The flags that only a plan has."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="estimate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip

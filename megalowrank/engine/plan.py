@@ -45,7 +45,7 @@ def layout_of(
         micro_batch=resolved.micro_batch_size,
         accumulation=resolved.accumulation,
         seq_length=train.seq_length,
-        recompute=train.recompute_granularity == "full",
+        recompute=False,
         decay_groups=train.weight_decay != 0.0,
         accelerator=accelerator,
         overlap_comm=bool(zero.get("overlap_comm", False)),
@@ -75,20 +75,10 @@ def _buckets(zero: dict[str, Any]) -> dict[str, Any]:
     return {name: type(zero[key])(zero[key]) for key, name in names.items() if key in zero}
 
 
-def reads_of(method: Method) -> Reads | None:
-    """What a method reads of optimizer state before an update at the start of a run, where it reads most.
+def reads_of(method: Method) -> Reads:
+    """What a method reads of the optimizer state of a matrix before an update, on average at the start of a run."""
 
-    A method that switches reads, for every vector it exchanges, that vector and a candidate, and the forward copies of
-    both factors; one that merges reads all vectors once an interval, here spread over it.
-    """
-    switching = getattr(method.config, "switch_interval", None)
-    merging = getattr(method.config, "relora_interval", None)
+    def reads(matrix: Matrix) -> tuple[float, float, float]:
+        return method.planned_reads(matrix.rank or 0, matrix.rows, matrix.columns)
 
-    def switched(matrix: Matrix) -> tuple[float, float, float]:
-        rank = matrix.rank or 0
-        count = min(rank / switching, rank // 2) if matrix.spare else 0.0
-        return count, 2 * count, count
-
-    if switching is not None:
-        return switched
-    return None if merging is None else lambda matrix: ((matrix.rank or 0) / merging, 0.0, 0.0)
+    return reads

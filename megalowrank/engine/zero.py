@@ -65,7 +65,7 @@ def complete_partial_gradients(module: torch.nn.Module, config: dict[str, Any], 
     """Have the gradients that layers leave partial reduced over tensor-parallel ranks."""
     zero = config["zero_optimization"]
     per_update = zero["stage"] == 0 or (zero["stage"] == 1 and not zero.get("overlap_comm", False))
-    passes = config["gradient_accumulation_steps"]
+    passes = config.get("gradient_accumulation_steps", 1)
     return PartialGradients(partial_parameters(module), groups.tensor, passes, per_update)
 
 

@@ -59,9 +59,9 @@ def _cut(costs: tuple[float, ...], parts: int) -> tuple[tuple[int, int], ...]:
     stops: list[dict[int, int]] = [dict.fromkeys(range(count), count)]
     for part in range(2, parts + 1):
         chosen = {
-            first: min(range(first + 1, count - part + 2), key=lambda stop, first=first: merged(first, stop))
+            first: min((merged(first, stop), stop) for stop in range(first + 1, count - part + 2))[1]
             for first in range(count - part + 1)
-        }  # fmt: skip
+        }
         rest = {first: merged(first, stop) for first, stop in chosen.items()}
         stops.append(chosen)
     found, first = [], 0

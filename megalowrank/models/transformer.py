@@ -25,7 +25,7 @@ from megalowrank.models.architecture import architecture
 from megalowrank.models.layers import CausalAttention, GroupedSelfAttention, ParallelResidualLayer, rotary_angles
 from megalowrank.models.norms import norm_class
 from megalowrank.models.projections import input_width, projections
-from megalowrank.models.vocabulary import WordEmbedding, token_losses
+from megalowrank.models.vocabulary import Head, WordEmbedding, token_losses
 from megalowrank.parallel.partition import share
 from megalowrank.parallel.wire import Wire, mark_partial
 
@@ -216,13 +216,11 @@ class Transformer(torch.nn.Module):
         return _apply(layer, hidden, angles)
 
 
-def _head(
-    config: ModelConfig, core: TransformerConfig, wire: Wire, tied: torch.nn.Parameter | None
-) -> LowRankColumnParallelLinear:
+def _head(config: ModelConfig, core: TransformerConfig, wire: Wire, tied: torch.nn.Parameter | None) -> Head:
     """The output projection; ``tied`` is the weight it shares."""
     vocabulary = config.vocab_size or 0
     rows = share(vocabulary, wire.rank, wire.size).padded * wire.size
-    head = LowRankColumnParallelLinear(
+    head = Head(
         core.hidden_size, rows, config=core, init_method=core.init_method, bias=False,
         skip_weight_param_allocation=tied is not None,
         blocks=(("output", vocabulary),), columns=core.hidden_size, lowrank=None, wire=wire,

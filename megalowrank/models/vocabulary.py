@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from megalowrank.lowrank.linear import LowRankColumnParallelLinear
 from megalowrank.parallel.collectives import max_over
 from megalowrank.parallel.mappings import reduce_output
 from megalowrank.parallel.partition import Share
@@ -34,6 +35,17 @@ class WordEmbedding(VocabParallelEmbedding):
         foreign = (local < 0) | (local >= self.share.real)
         hidden = F.embedding(local.masked_fill(foreign, 0), self.weight)
         return reduce_output(hidden.masked_fill(foreign[..., None], 0.0), self.wire)
+
+
+class Head(LowRankColumnParallelLinear):
+    """The output projection, without factors; on one rank too the gradient of its weight comes contiguous.
+
+    torch's own linear leaves it transposed, and a copy of the largest gradient of the model would be made.
+    """
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[S, B, H] -> [S, B, V]."""
+        return self.plain_function.apply(input_, self.weight, None, self.wire), None
 
 
 def token_losses(logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocabulary: Share, wire: Wire) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 from megalowrank.config import DiagnosticsConfig
 from megalowrank.engine.instruments import Instruments
 from megalowrank.errors import ConfigError
-from megalowrank.parallel.groups import Groups
 from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
+from tests.engine.layout_cases import alone
 from tests.front_door_cases import BIN, ITERS, METHOD, MODEL, PROGRAM, TRAIN, succeed, training
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_malformed_values(flags: dict, words: str) -> None:
 
 
 def test_what_cannot_be_recorded_here(tmp_path: Path) -> None:
-    groups = Groups(data=None, data_rank=0, data_size=1, rank=0, world=1)
+    groups = alone()
     snapshot = DiagnosticsConfig(profile_steps="1:2", memory_snapshot=True)
     with pytest.raises(ConfigError, match="an NVIDIA GPU; got device cpu"):
         Instruments(snapshot, tmp_path, groups, CPU)

@@ -2,7 +2,7 @@
 
 A case is a JSON object: ``family``, ``method``, ``flags`` of the method, ``bf16``, ``tensor``, ``pipe``, ``sequence``,
 ``schedules`` (per fused projection), ``accumulation``, ``recompute``, ``zero`` (``zero_optimization``), ``deepspeed``
-(other keys of the DeepSpeed JSON) and ``decay``.
+(other keys of the DeepSpeed JSON), ``decay`` and ``length``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.engine.memory import measured_bytes
-from megalowrank.engine.setup import make_engine, make_optimizer
+from megalowrank.engine.setup import make_engine
 from megalowrank.engine.zero import host_allocator, initialize_distributed
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
@@ -26,7 +26,7 @@ from megalowrank.models.stages import split_layers
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, initialize_groups
 from megalowrank.parallel.traffic import Traffic
-from tests.models.kept import Kept
+from tests.models.kept import Kept, Peak
 
 LENGTH, ROWS, STEPS = 16, 3, 4
 SMALL = ModelConfig(num_layers=4, hidden_size=16, num_attention_heads=4, vocab_size=31)
@@ -42,9 +42,13 @@ def method_of(case: dict[str, Any]) -> Method:
     return kind(kind.config_class(**case.get("flags", {})))
 
 
+def length_of(case: dict[str, Any]) -> int:
+    return case.get("length", LENGTH)
+
+
 def train_of(case: dict[str, Any]) -> TrainConfig:
     return TrainConfig(
-        method=case["method"], seq_length=LENGTH, train_iters=STEPS, lr=1e-3, bf16=case.get("bf16", False),
+        method=case["method"], seq_length=length_of(case), train_iters=STEPS, lr=1e-3, bf16=case.get("bf16", False),
         weight_decay=case.get("decay", 0.0), recompute_granularity="full" if case.get("recompute") else "none",
     )  # fmt: skip
 
@@ -53,7 +57,7 @@ def built(case: dict[str, Any], method: Method, groups: Groups) -> BuiltModel:
     config, train = FAMILIES[case["family"]], train_of(case)
     blocks, recompute = None, bool(case.get("recompute"))
     if groups.pipe_size > 1:
-        found = split_layers(config, method.adapters(), groups.pipe_size, LENGTH, recompute)
+        found = split_layers(config, method.adapters(), groups.pipe_size, length_of(case), recompute)
         blocks = found[groups.pipe_rank]
     place = Placement(
         groups.wire(), blocks, groups.pipe_rank == 0, groups.pipe_rank == groups.pipe_size - 1,
@@ -61,7 +65,7 @@ def built(case: dict[str, Any], method: Method, groups: Groups) -> BuiltModel:
     )  # fmt: skip
     builder = build_llama if case["family"] == "llama" else build_gpt
     return builder(
-        config, method, length=LENGTH, seed=3, recompute=recompute,
+        config, method, length=length_of(case), seed=3, recompute=recompute,
         forward_dtype=torch.bfloat16 if train.bf16 else torch.float32, place=place,
     )  # fmt: skip
 
@@ -78,18 +82,18 @@ def deepspeed_config(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kept_bytes(model: BuiltModel) -> int:
+def kept_bytes(model: BuiltModel, length: int) -> int:
     """What autograd keeps of one micro-batch of this stage, in float32."""
     part, known = model.module, [*model.module.parameters()]
     known += [] if part.angles is None else [part.angles]
-    tokens = torch.randint(0, 31, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 31, (ROWS, length + 1), generator=torch.Generator().manual_seed(0))
     part.train()
     with Kept(known) as kept:
         if part.place.begins:
             hidden = part.embed(tokens[:, :-1])
         else:
-            length = LENGTH // part.wire.size if part.wire.sequence else LENGTH
-            hidden = torch.randn(length, ROWS, 16, requires_grad=True)
+            own = length // part.wire.size if part.wire.sequence else length
+            hidden = torch.randn(own, ROWS, 16, requires_grad=True)
         hidden = part.run_blocks(hidden)
         if part.place.ends:
             hidden = part.loss(part.head(hidden), tokens[:, 1:])
@@ -107,6 +111,26 @@ def counted_flops(step: Any) -> int:
     return counter.get_total_flops()
 
 
+def watch_buckets(engine: Any) -> list[int]:
+    """Bytes of the buffers in which DeepSpeed gathers gradients: now (ZeRO-3), and whenever they are given back."""
+    zero, sizes = engine.deepspeed.optimizer, [0]
+    release = getattr(zero, "_release_ipg_buffers", lambda: None)
+
+    def note() -> None:
+        found: list[torch.Tensor] = []
+        for bucket in getattr(zero, "ipg_buckets", {}).values():
+            found += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        sizes.append(sum(buffer.numel() * buffer.element_size() for buffer in found))
+
+    def noted() -> None:
+        note()
+        release()
+
+    note()
+    zero._release_ipg_buffers = noted
+    return sizes
+
+
 def switched(method: Method, model: BuiltModel) -> dict[str, int]:
     """Vectors of A that every matrix has switched so far, and as many of B; none for a method that does not switch."""
     counts = getattr(method, "switched", None)
@@ -119,24 +143,31 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     groups = initialize_groups(parallel)
     method = method_of(case)
     model = built(case, method, groups)
-    kept = kept_bytes(model)
+    kept, vocabulary = kept_bytes(model, length_of(case)), model.module.vocabulary
+    mask = vocabulary.padded if model.module.place.ends and vocabulary.real < vocabulary.padded else 0
     settings = deepspeed_config(case, groups)
     engine = make_engine(model, FAMILIES[case["family"]], train_of(case), settings, groups)
     ctx = Context(model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False))
     method.start(ctx)
+    sizes = watch_buckets(engine)
     source = torch.Generator().manual_seed(groups.data_rank)
-    batches = [torch.randint(0, 31, (ROWS, LENGTH + 1), generator=source) for _ in range(case.get("accumulation", 1))]
+    batches = [
+        torch.randint(0, 31, (ROWS, length_of(case) + 1), generator=source) for _ in range(case.get("accumulation", 1))
+    ]
     flops = counted_flops(lambda: engine.train_step(batches, 1e-3))
     for step in range(STEPS):
         traffic, before = Traffic(groups.labels()), switched(method, model)
         with traffic:
             method.before_step(step, ctx)
             engine.train_step(batches, 1e-3)
+    with Peak() as peak:
+        engine.train_step(batches, 1e-3)
     found = {
+        "peak": peak.most,
         "volumes": {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in traffic.take().items()},
         "moved": {name: count - before[name] for name, count in switched(method, model).items()},
-        "memory": measured_bytes(engine, method, model.layers), "kept": kept, "flops": flops,
-        "stage": groups.pipe_rank, "first": groups.data_rank == 0,
+        "memory": measured_bytes(engine, method, model.layers), "kept": kept, "flops": flops, "mask": mask,
+        "buckets": max(sizes), "stage": groups.pipe_rank, "first": groups.data_rank == 0,
     }  # fmt: skip
     engine.close()
     gc.collect()

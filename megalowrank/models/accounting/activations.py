@@ -35,7 +35,10 @@ INTEGER, FLOAT = 8, 4
 class Kept:
     """Bytes that one micro-batch keeps: each block of a stage, what a recomputed block keeps instead, both ends.
 
-    ``logits`` and ``inner`` are held for a moment: the logits in low precision, the gradients within an MLP.
+    ``logits`` and ``inner`` are held for a moment: the logits in low precision (and their gradient in a pipeline,
+    where DeepSpeed keeps the logits), the gradients within an MLP. ``passed`` is what a stage keeps of its output,
+    ``buffers`` what it receives into, once, and what DeepSpeed's two buffers keep of finished micro-batches on the last
+    stage: logits, input and its gradient.
     """
 
     blocks: list[int]
@@ -44,15 +47,18 @@ class Kept:
     end: int
     logits: int
     inner: int
+    passed: int
+    buffers: int
 
     def most(self, in_flight: int, recompute: bool) -> int:
         """The most that is kept at once with ``in_flight`` micro-batches between forward and backward.
 
         A block that is recomputed keeps everything while its backward pass runs; the head is done by then.
         """
+        ends = in_flight * (self.begin + self.passed) + self.buffers
         if not recompute:
-            return in_flight * (self.begin + sum(self.blocks) + self.end)
-        return in_flight * (self.begin + len(self.blocks) * self.block_input) + max(self.end, *self.blocks)
+            return ends + in_flight * (sum(self.blocks) + self.end)
+        return ends + in_flight * len(self.blocks) * self.block_input + max(self.end, *self.blocks)
 
     def workspace(self, in_flight: int, recompute: bool) -> int:
         """What is held beside that at the worst moment: the logits with the loss, or gradients in the last block."""
@@ -71,6 +77,8 @@ def kept_by_micro_batch(config: ModelConfig, adapters: Adapters | None, layout: 
     """What autograd keeps of one micro-batch on a rank of a pipeline stage."""
     own, last = layout.own_tokens * (config.hidden_size or 0) * layout.low, stage == layout.pipe_size - 1
     vocabulary = share(config.vocab_size or 0, 0, layout.tensor_size).padded
+    logits = layout.tokens * vocabulary * layout.low
+    finished = min(2, layout.accumulation - 1) if last and layout.pipe_size > 1 else 0
     of_block: dict[int, list[Projection]] = {number: [] for number in stage_blocks(config, adapters, layout, stage)}
     for projection in all_projections(config, adapters):
         if projection.block in of_block:
@@ -80,8 +88,10 @@ def kept_by_micro_batch(config: ModelConfig, adapters: Adapters | None, layout: 
         block_input=own,
         begin=_begin(config, layout) if stage == 0 else 0,
         end=_end(config, layout) if last else 0,
-        logits=layout.tokens * vocabulary * layout.low if last and layout.bf16 else 0,
+        logits=logits * min(layout.pipe_size, 2) if last and layout.bf16 else 0,
         inner=2 * own + layout.tokens * share(config.ffn_hidden_size or 0, 0, layout.tensor_size).padded * layout.low,
+        passed=0 if last else own,
+        buffers=own * ((stage > 0) + (not last)) + finished * (logits + 2 * own),
     )
 
 
@@ -138,7 +148,7 @@ def _begin(config: ModelConfig, layout: Layout) -> int:
 
 
 def _end(config: ModelConfig, layout: Layout) -> int:
-    """What the last norm, the head and the loss keep."""
+    """What the last norm, the head and the loss keep; a rank with padding in its vocabulary keeps a mask of it too."""
     vocabulary = share(config.vocab_size or 0, 0, layout.tensor_size).padded
     head = _norm(config, layout) + layout.own_tokens * (config.hidden_size or 0) * layout.low
     return head + layout.tokens * (FLOAT * vocabulary + INTEGER + 1)

@@ -13,7 +13,8 @@ from megalowrank.models.accounting.memory import Bytes, predicted_bytes
 from megalowrank.models.accounting.parameters import ParameterCount, count_parameters
 from megalowrank.models.accounting.parts import rank_parts
 from megalowrank.models.accounting.pipeline import Pipeline, pipeline_of
-from megalowrank.models.accounting.wire import Reads, Volumes, wire_bytes
+from megalowrank.models.accounting.tally import Volumes
+from megalowrank.models.accounting.wire import Reads, wire_bytes
 
 
 @dataclass(frozen=True)

@@ -126,10 +126,14 @@ def _pool(config: ModelConfig, adapters: Adapters | None, layout: Layout, stage:
 
 
 def _buckets(parts: Sequence[Part], layout: Layout) -> int:
-    """Where DeepSpeed gathers gradients for their reduction: ZeRO-0 copies them, the other stages keep buffers."""
+    """Where DeepSpeed gathers gradients for their reduction: ZeRO-0 copies them, the other stages have buffers.
+
+    ZeRO-1 and 2 have a second one with ``overlap_comm``, and the pipeline always, though it uses one.
+    """
     low = 4 if layout.reduce_fp32 else layout.low
     if layout.zero is None or (layout.zero == 0 and layout.data_size == 1):
         return 0
     if layout.zero == 0:
         return low * min(sum(part.numel for part in parts if part.trained), layout.reduce_bucket)
-    return layout.low * layout.reduce_bucket * (2 if layout.overlap_comm and layout.zero != 3 else 1)
+    second = layout.zero != 3 and (layout.overlap_comm or layout.pipe_size > 1)
+    return layout.low * layout.reduce_bucket * (2 if second else 1)

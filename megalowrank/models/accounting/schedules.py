@@ -19,8 +19,8 @@ from __future__ import annotations
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.reductions import reduces_once
 from megalowrank.models.accounting.shapes import Projection, all_projections
-from megalowrank.models.accounting.wire import reduces_once
 from megalowrank.models.projections import projections
 
 OPERATIONS_PER_BYTE = 1000
