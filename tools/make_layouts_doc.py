@@ -30,10 +30,10 @@ name links to the [table of tests]({TESTS}), the title of a link is the name of 
 f64 is the same in float64 without DeepSpeed, under both schedules of `--lowrank-schedule`.
 
 tp: `--tensor-model-parallel-size`, sp: `--sequence-parallel`, pp: `--pipeline-model-parallel-size`, dp: data-parallel
-ranks, zero: ZeRO stage (1 under pp, else 0 if not named), offload: `offload_optimizer` of the DeepSpeed JSON.
+ranks, zero: ZeRO stage (1 under pp, else 0 if not named), offload: `offload_optimizer` of the JSON.
 Data parallelism alone, ZeRO 0 to 3 with every kind of offload, is in
-[another table of tests](../tests/engine/test_equality.py), bit by bit. Beyond these combinations nothing is refused that
-the table below does not name.
+[another table of tests](../tests/engine/test_equality.py), bit by bit. Of these nothing is refused but what
+the table below names.
 
 """
 REFUSED = """

@@ -45,7 +45,7 @@ def layout_of(
         micro_batch=resolved.micro_batch_size,
         accumulation=resolved.accumulation,
         seq_length=train.seq_length,
-        recompute=False,
+        recompute=train.recompute_granularity == "full",
         decay_groups=train.weight_decay != 0.0,
         accelerator=accelerator,
         overlap_comm=bool(zero.get("overlap_comm", False)),

@@ -19,7 +19,7 @@ class Groups:
     """The groups a rank belongs to, with its place in each.
 
     ``data`` holds the ranks that hold the same part of the model, ``tensor`` those that share every layer of a
-    pipeline stage, ``pipe`` one rank of every stage, ``model`` the ranks of both, ``stage`` all ranks of this stage, and
+    pipeline stage, ``pipe`` one rank of every stage, ``model`` the ranks of both, ``stage`` all of this stage,
     ``everyone`` the job. Ranks
     count tensor-parallel ranks fastest and stages slowest: rank = (stage · data size + data rank) · tensor size + rank.
     """

@@ -42,6 +42,10 @@ def plan(words: str) -> dict[str, Any]:
     return planned(words.split())[0].as_json()
 
 
+def layout(words: str) -> Layout:
+    return planned(words.split())[0].layout
+
+
 def test_a_plan_adds_up() -> None:
     """Parameters are those of the model, categories add up, stages share the work."""
     found = plan(ISSUE)
@@ -89,6 +93,36 @@ def test_json_of_deepspeed_says_the_same_as_flags(tmp_path: Path) -> None:
     assert plan(f"{shared} --ds-config {path}") == flags
     assert flags["stages"][0]["memory"]["masters"]["host"] > 0 == flags["stages"][0]["memory"]["masters"]["device"]
     assert plan(f"{shared} --zero 3 --bf16")["stages"][0]["memory"]["masters"]["host"] == 0
+
+
+def test_every_flag_reaches_the_layout(tmp_path: Path) -> None:
+    """What DeepSpeed is told, too; the defaults are DeepSpeed's."""
+    zero = {
+        "stage": 3, "offload_param": {"device": "cpu"}, "reduce_bucket_size": 1e6, "stage3_max_reuse_distance": 7,
+        "stage3_prefetch_bucket_size": 5, "stage3_param_persistence_threshold": 3, "stage3_max_live_parameters": 9,
+    }  # fmt: skip
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "communication_data_type": "fp32"}))
+    flags = (
+        "--preset llama_60m --method switchlora --tensor-model-parallel-size 2 --sequence-parallel --seq-length 64 "
+        "--recompute-granularity full --bf16 --fold-residual int8 --weight-decay 0.1 --lowrank-schedule partial "
+        f"--micro-batch-size 3 --global-batch-size 48 --data-parallel-size 4 --cpu --ds-config {path}"
+    )
+    schedules = dict.fromkeys(("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down"), "partial")
+    assert layout(flags) == Layout(
+        zero=3, bf16=True, data_size=4, offload_param=True, residual="int8", candidates="host", tensor_size=2,
+        sequence=True, schedules=schedules, micro_batch=3, accumulation=4, seq_length=64, recompute=True,
+        decay_groups=True, accelerator=False, reduce_bucket=10**6, prefetch_bucket=5, persistence_threshold=3,
+        max_live=9, max_reuse=7, reduce_fp32=True,
+    )  # fmt: skip
+    plain = layout("--preset llama_60m --method lora --micro-batch-size 1 --zero 1 --offload-optimizer")
+    same = dict.fromkeys(schedules, "ride")
+    assert plain == Layout(1, False, offload_optimizer=True, seq_length=512, schedules=same)
+    path.write_text(json.dumps({"zero_optimization": {
+        "stage": 2, "overlap_comm": True, "reduce_scatter": False, "use_multi_rank_bucket_allreduce": False,
+    }}))  # fmt: skip
+    found = layout(f"--preset llama_60m --method lora --micro-batch-size 1 --ds-config {path}")
+    assert (found.overlap_comm, found.reduce_scatter, found.multi_rank_buckets) == (True, False, False)
 
 
 def test_every_shipped_configuration_can_be_planned() -> None:
