@@ -120,7 +120,6 @@ _MEGATRON = {
     "--tokenizer-type": "it follows from --tokenizer-model",
     "--log-throughput": "throughput is in every log line",
     "--num-layers-per-virtual-pipeline-stage": "DeepSpeed's pipeline does not interleave",
-    "--sequence-parallel": "tensor parallelism is not built",
     "--context-parallel-size": "context parallelism is not built",
     "--untie-embeddings-and-output-weights": "it follows from the architecture",
     "--swiglu": "it follows from the architecture",
