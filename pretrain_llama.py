@@ -2,7 +2,12 @@
 
 import sys
 
-import megalowrank.quiet  # noqa: F401 - first: it sets filters before the libraries are imported
+from megalowrank.signals import listen
+
+if __name__ == "__main__":
+    listen()
+
+import megalowrank.quiet  # noqa: F401 - it sets filters before the libraries are imported
 from megalowrank.engine.setup import pretrain
 from megalowrank.errors import run_main
 from megalowrank.models.build import build_llama

@@ -182,6 +182,9 @@ class ParallelConfig:
         1000, "updates between comparisons of what ranks hold alike; 0: never", unit="updates"
     )
     distributed_timeout_minutes: int = flag(30, "how long a collective may take", unit="minutes")
+    hang_timeout: int = flag(
+        1800, "end the run, showing all stacks, when nothing happened for so long; 0: never", unit="seconds"
+    )
 
     def check(self) -> None:
         """Ranges, and flags that need tensor parallelism."""
@@ -189,6 +192,7 @@ class ParallelConfig:
         at_least("pipeline-model-parallel-size", self.pipeline_model_parallel_size, 1)
         at_least("replica-check-interval", self.replica_check_interval, 0)
         at_least("distributed-timeout-minutes", self.distributed_timeout_minutes, 1)
+        at_least("hang-timeout", self.hang_timeout, 0)
         if self.tensor_model_parallel_size == 1:
             if self.sequence_parallel:
                 raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1", 1)
@@ -250,7 +254,10 @@ class OutputConfig:
         False, "start at update 0 with the weights of --load, any method; once --save has a checkpoint, resume that"
     )
     save_interval: int = flag(0, "updates between checkpoints; 0: only at the end", unit="updates")
+    save_seconds: int = flag(0, "time between checkpoints, besides --save-interval; 0: any", unit="seconds")
+    async_save: bool = flag(True, "write checkpoints while training goes on, from a copy of the state in host memory")
     keep_last: int = flag(0, "newest checkpoints that are kept; 0: all")
+    keep_every: int = flag(0, "with --keep-last: keep those of every so many updates as well", unit="updates")
     log_interval: int = flag(10, "updates between log lines", unit="updates")
     tensorboard_dir: str | None = flag(None, "folder of TensorBoard events; default: tensorboard in the output folder")
     wandb_project: str | None = flag(None, "project of Weights & Biases to log to; default: none")
@@ -259,21 +266,28 @@ class OutputConfig:
 
     def check(self) -> None:
         """Ranges of single values, and that --load auto has somewhere to look."""
-        at_least("save-interval", self.save_interval, 0)
-        at_least("keep-last", self.keep_last, 0)
         at_least("log-interval", self.log_interval, 1)
+        self._check_saving()
         if self.finetune and self.load in (None, "auto"):
             raise ConfigError("--finetune needs --load with the checkpoint to start from", self.load)
         if self.finetune and self.save and Path(self.save).resolve() in _folders(self.load or ""):
             raise ConfigError("--finetune with --save in the folder of --load would overwrite its run", self.save)
         if self.load == "auto" and not self.save:
             raise ConfigError("--load auto looks in --save, which is not given")
-        for name in ("save_interval", "keep_last"):
-            if getattr(self, name) and not self.save:
-                raise ConfigError(f"--{name.replace('_', '-')} needs --save")
         for name in ("wandb_name", "wandb_mode"):
             if getattr(self, name) != getattr(OutputConfig, name) and not self.wandb_project:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --wandb-project")
+
+    def _check_saving(self) -> None:
+        for name in ("save_interval", "save_seconds", "keep_last", "keep_every"):
+            at_least(name.replace("_", "-"), getattr(self, name), 0)
+        for name in ("save_interval", "save_seconds", "keep_last"):
+            if getattr(self, name) and not self.save:
+                raise ConfigError(f"--{name.replace('_', '-')} needs --save")
+        if self.keep_every and not self.keep_last:
+            raise ConfigError("--keep-every has no effect without --keep-last: all are kept", self.keep_every)
+        if not self.async_save and not self.save:
+            raise ConfigError("--no-async-save needs --save")
 
 
 @dataclass

@@ -8,6 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+EXIT_FAILED = 1  # the run cannot go on
+EXIT_MISTAKE = 2  # a mistake in flags, files or input: running it again does not help
+EXIT_STOPPED = 75  # a signal ended the run, which is saved: the same command with --load auto goes on
+EXIT_HUNG = 76  # nothing happened for --hang-timeout seconds
+EXIT_PEER = 77  # another rank ended badly
 _OTHERS_WAIT = 5.0
 
 
@@ -38,6 +43,10 @@ class TrainingError(Exception):
     """A run that cannot go on (too many non-finite steps, for instance); exit code 1."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to end between two updates, and what it had done is saved; exit code 75."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, for 'did you mean'; None if none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1)
@@ -53,15 +62,23 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {error}", EXIT_MISTAKE)
     except TrainingError as error:
-        _leave(f"stopped: {error}", 1)
+        _leave(f"stopped: {error}", EXIT_FAILED)
+    except Stopped as error:
+        if _rank() == "0":
+            print(error, flush=True)
+        sys.exit(EXIT_STOPPED)
 
 
 def _leave(line: str, code: int) -> None:
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    rank = _rank()
     if rank != "0":
         time.sleep(_OTHERS_WAIT)
         line = f"rank {rank}: {line}"
     print(" ".join(line.split()), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

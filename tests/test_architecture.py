@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megalowrank"
 LAYERS = [
-    {"errors", "quiet", "__init__"},
+    {"errors", "quiet", "signals", "__init__"},
     {"config"},
     {"flags", "parallel"},
     {"cli", "lowrank"},

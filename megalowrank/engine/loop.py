@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +19,10 @@ from megalowrank.engine.metrics import Progress, Sink
 from megalowrank.engine.replicas import ReplicaCheck
 from megalowrank.engine.schedule import learning_rate
 from megalowrank.engine.timing import Stopwatch
-from megalowrank.errors import TrainingError
+from megalowrank.errors import Stopped, TrainingError
 from megalowrank.methods.base import Context, Method
 from megalowrank.parallel.collectives import mean_over
+from megalowrank.parallel.requests import Requests
 
 
 @dataclass
@@ -37,9 +38,23 @@ class Position:
         return self.attempts - self.step
 
 
+class Checkpoints(Protocol):
+    """What writes checkpoints; all ranks call it alike."""
+
+    def save(self, position: Position) -> None:
+        """Write one at ``position``, in the background if that is wanted."""
+
+    def wait(self) -> None:
+        """Return when all are on disk."""
+
+
 @dataclass
 class Loop:
-    """Everything one run needs. ``save`` writes a checkpoint at the current position; all ``ranks`` call it."""
+    """Everything one run needs.
+
+    ``requests`` are what any of the ``ranks`` may ask of all: "stop", "save" and "failed" (a checkpoint could not be
+    written); ``beat`` is told what is done next, often enough for a watchdog.
+    """
 
     engine: Engine
     method: Method
@@ -56,7 +71,9 @@ class Loop:
     progress: Progress
     instruments: Instruments
     memory: Callable[[], int]
-    save: Callable[[Position], None]
+    saver: Checkpoints
+    requests: Requests
+    beat: Callable[[str], None]
     check: ReplicaCheck
     ranks: int
     bytes_per_token: float | None
@@ -65,19 +82,27 @@ class Loop:
     position: Position = field(default_factory=Position)
 
     def run(self) -> dict[str, Any]:
-        """Train to ``train_iters`` (or ``exit_interval``), evaluate and save; returns the last evaluation."""
+        """Train to ``train_iters`` (or ``exit_interval``), evaluate and save; returns the last evaluation.
+
+        Raises Stopped, with everything saved, if a rank was asked to end.
+        """
         self._step_clock, self._method_clock = time.perf_counter(), Stopwatch(self.engine.device)
         self._waited = self.batches.waited
         self._logged = Position(self.position.step, self.position.attempts)
         last = self.train.train_iters
         if self.train.exit_interval is not None:
             last = min(last, self.position.step + self.train.exit_interval)
-        self._announced, saved = -1, self.position.step
+        self._announced, self._saved = -1, self.position.step
+        self.requests.ask()
+        self._obey(self.requests.answer())
         while self.position.step < last:
             step = self.position.step
+            self.beat(f"the beginning of update {step + 1}")
+            self.requests.ask()
             with self.instruments.update(step):
                 self._announce(step)
                 result = self._update(step)
+            asked = self.requests.answer()
             if not result.applied:
                 continue
             self._log(result, self.position.step == last)
@@ -85,13 +110,33 @@ class Loop:
                 self.check.run(self.position.step)
             if self._due(self.data.eval_interval) and self.position.step < last:
                 self.evaluate()
-            if self._due(self.output.save_interval):
-                self.save(self.position)
-                saved = self.position.step
+            if self._due(self.output.save_interval) or "save" in asked:
+                self._save()
+            self._obey(asked | self.requests.standing)
         evaluation = self.evaluate()
-        if self.output.save and saved < self.position.step:
-            self.save(self.position)
+        self._obey(self.requests.standing)
+        self._save()
+        self.saver.wait()
         return evaluation
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless there is one of this update."""
+        self.beat(f"the beginning of saving update {self.position.step}")
+        if self.output.save and self._saved < self.position.step:
+            self.saver.save(self.position)
+            self._saved = self.position.step
+
+    def _obey(self, asked: frozenset[str]) -> None:
+        """End the run if a rank asked for it, or could not write a checkpoint; between updates only."""
+        if "failed" in asked:
+            self.saver.wait()
+            raise TrainingError("a checkpoint could not be written by another rank")
+        if "stop" not in asked:
+            return
+        self._save()
+        self.saver.wait()
+        where = f"it is saved in {self.output.save}" if self.output.save else "it is not saved: there is no --save"
+        raise Stopped(f"stopped by a signal after update {self.position.step}; {where}")
 
     def close(self) -> None:
         """End the reading thread, traces, trackers and the progress bar."""
@@ -161,7 +206,10 @@ class Loop:
         self._step_clock, self._waited = time.perf_counter(), self.batches.waited
 
     def evaluate(self) -> dict[str, Any]:
-        """Mean held-out loss over ``eval_iters`` global batches (fewer if there are fewer), nats per token."""
+        """Mean held-out loss over ``eval_iters`` global batches (fewer if there are fewer), nats per token.
+
+        Empty without held-out samples, and when the run was asked to stop meanwhile.
+        """
         samples = self.eval_samples
         if samples is None or self.data.eval_iters == 0:
             return {}
@@ -170,12 +218,19 @@ class Loop:
         ranks = self.ctx.data_rank, self.ctx.data_size
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         batches = min(self.data.eval_iters, max(samples.batches_per_epoch, 1))
+        size = self.micro_batch_size
         for batch in range(batches):
-            size = self.micro_batch_size
+            self.beat(f"the beginning of evaluation batch {batch}")
+            self.requests.ask()
             total += self.engine.eval_step(
                 [samples.micro_batch(batch, i, size, *ranks) for i in range(self.accumulation)]
             )
+            if "stop" in self.requests.answer():
+                batches = 0
+                break
         self.engine.end_evaluation()
+        if not batches:
+            return {}
         loss = float(mean_over(total, self.engine.group)) / batches
         found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
         if self.bytes_per_token is not None:

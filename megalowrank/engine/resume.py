@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megalowrank.checkpoint.io import Checkpoint, find_auto, save_checkpoint
+from megalowrank.checkpoint.io import Checkpoint, find_auto
+from megalowrank.checkpoint.pieces import Piece
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.checkpoint.weights import SavedWeights
+from megalowrank.checkpoint.write import save_checkpoint
 from megalowrank.config import ModelConfig, OutputConfig
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
@@ -31,25 +33,17 @@ MUST_AGREE = (
 class GroupRanks:
     """The ranks of a job as the checkpoint writer wants them."""
 
-    groups: Groups
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self.groups.rank
-
-    @property
-    def world(self) -> int:
-        """Ranks of the job."""
-        return self.groups.world
+    group: Any
+    rank: int
+    world: int
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        all_true(True, self.groups.everyone)
+        all_true(True, self.group)
 
     def all_ok(self, ok: bool) -> bool:
         """Whether all ranks pass True."""
-        return all_true(ok, self.groups.everyone)
+        return all_true(ok, self.group)
 
 
 @dataclass(frozen=True)
@@ -63,20 +57,30 @@ class RunState:
     run: dict[str, Any]
 
     def saver(self, output: OutputConfig) -> Callable[[Position], None]:
-        """A function that writes a checkpoint at a position; every rank calls it."""
+        """A function that writes a checkpoint at a position and returns when it is on disk; every rank calls it."""
 
         def save(position: Position) -> None:
-            state = {
-                "attempts": position.attempts,
-                "updates": self.engine.state.updates,
-                "method_state": united(self.method.state_dict(), self.groups.pipe),
-                "run": self.run,
-            }
-            root = Path(output.save or ".")
-            ranks = GroupRanks(self.groups)
-            save_checkpoint(root, position.step, self.tensors.pieces(), state, ranks, output.keep_last)
+            ranks = GroupRanks(self.groups.everyone, self.groups.rank, self.groups.world)
+            save_checkpoint(Path(output.save or "."), position.step, self.pieces(), self.record(position), ranks)
 
         return save
+
+    def pieces(self, copied: bool = False) -> list[Piece]:
+        """The tensors of this rank as they are now; ``copied``: they stay so while training goes on."""
+        found = self.tensors.pieces()
+        return [replace(piece, tensor=piece.tensor.to("cpu", copy=True)) for piece in found] if copied else found
+
+    def record(self, position: Position) -> dict[str, Any]:
+        """Everything else, as JSON. Every rank calls it.
+
+        Schedule, order of samples and every random draw follow from the seed in ``run``, from step and attempts.
+        """
+        return {
+            "attempts": position.attempts,
+            "updates": self.engine.state.updates,
+            "method_state": united(self.method.state_dict(), self.groups.pipe),
+            "run": self.run,
+        }
 
     def load(self, output: OutputConfig) -> Position:
         """Resume what ``--load`` names; a fresh start if it is 'auto' and there is nothing yet.

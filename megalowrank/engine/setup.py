@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megalowrank import __version__
+from megalowrank import __version__, signals
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.cli import RunConfig, parse
@@ -20,6 +20,7 @@ from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.data.ahead import BatchesAhead
 from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
+from megalowrank.engine.guard import Guard
 from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.layouts import check_layout
 from megalowrank.engine.loop import Loop, Position
@@ -30,6 +31,7 @@ from megalowrank.engine.plan import layout_of
 from megalowrank.engine.replicas import ReplicaCheck
 from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState, starting_point
+from megalowrank.engine.saving import Saver
 from megalowrank.engine.schedule import restart_warnings, with_restarts
 from megalowrank.engine.trackers import open_trackers
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
@@ -43,6 +45,7 @@ from megalowrank.models.presets import apply_preset
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, data_parallel_size, initialize_groups
 from megalowrank.parallel.launch import set_rank_environment
+from megalowrank.parallel.requests import Requests, host_group
 
 Builder = Callable[..., BuiltModel]
 
@@ -54,32 +57,45 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     anything is written.
     """
     config = parse(argv, {name: method.config_class for name, method in METHODS.items()}, program)
-    rank, world, _ = set_rank_environment()
+    _, world, _ = set_rank_environment()
     model_config = apply_preset(config.model, tokenizer_size(config.data), config.train.seq_length, families)
     resolved, method = resolve_run(config, model_config, world)
-    train = resolved.train
-    corpus = open_corpus(config.data, train, model_config.vocab_size or 0, resolved.global_batch_size)
-    initialize_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    corpus = open_corpus(config.data, resolved.train, model_config.vocab_size or 0, resolved.global_batch_size)
+    initialize_distributed(_timeout(config))
     groups = initialize_groups(config.parallel)
+    with Guard(config.parallel.hang_timeout, output_folder(config), groups) as guard:
+        _train(build, config, model_config, resolved, method, corpus, groups, guard.watchdog.beat)
+
+
+def _train(
+    build: Builder,
+    config: RunConfig,
+    model_config: ModelConfig,
+    resolved: dsconfig.Resolved,
+    method: Method,
+    corpus: Corpus,
+    groups: Groups,
+    beat: Callable[[str], None],
+) -> None:
+    """Build, resume, train and report; every rank calls it."""
+    rank, train = groups.rank, resolved.train
     source, weights = starting_point(config.output, groups)
     place = placement(config.parallel, model_config, resolved, method, groups)
     model = build_model(build, model_config, train, method, place, weights, groups.pipe)
     model.warnings += restart_warnings(train, method.restart_interval())
     engine = make_engine(model, model_config, train, resolved.deepspeed, groups)
-    allocate = host_allocator(resolved.pin_host_memory)
-    ctx = Context(
-        model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
-        train.lr_restart_offset,
-    )  # fmt: skip
+    ctx = context_of(model, engine, resolved, groups)
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups), groups, run)
+    beat("the beginning of loading")
     position = state.load(source)
     report = Report(model_config, train, model, engine, method, resolved, groups)
     tied = architecture(model_config).tied_output
     check = ReplicaCheck(config.parallel.replica_check_interval, model, engine, groups, tied)
-    loop = assemble(config, resolved, corpus, ctx, method, engine, report, check, position, run)
-    loop.save = state.saver(config.output)
+    saver = Saver(state, config.output, host_group(_timeout(config)))
+    requests = requests_of(saver, host_group(_timeout(config)), rank)
+    loop = assemble(config, resolved, corpus, ctx, method, engine, report, check, position, run, saver, requests, beat)
     say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
     if position.step >= train.train_iters:
         say(rank, f"nothing to train: --train-iters {train.train_iters} are done")
@@ -94,9 +110,34 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
             evaluation = loop.run()
         finally:
             loop.close()
+        signals.ignore()
         say(rank, "\n".join([report.end(evaluation, corpus), *loop.instruments.summary()]))
     engine.close()
-    torch.distributed.destroy_process_group()
+
+
+def _timeout(config: RunConfig) -> timedelta:
+    return timedelta(minutes=config.parallel.distributed_timeout_minutes)
+
+
+def context_of(
+    model: BuiltModel, engine: ZeroEngine | PipelineEngine, resolved: dsconfig.Resolved, groups: Groups
+) -> Context:
+    """What the method may touch."""
+    train, allocate = resolved.train, host_allocator(resolved.pin_host_memory)
+    return Context(
+        model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
+        train.lr_restart_offset,
+    )  # fmt: skip
+
+
+def requests_of(saver: Saver, group: Any, rank: int) -> Requests:
+    """What ranks may ask of all: to stop, because of a signal; to save, by the clock of the first; to give up."""
+    sources: dict[str, Callable[[], bool]] = {
+        "stop": lambda: bool(signals.received()),
+        "save": lambda: rank == 0 and saver.overdue(),
+        "failed": lambda: saver.failed,
+    }
+    return Requests(group, sources, frozenset({"stop"}))
 
 
 def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsconfig.Resolved, Method]:
@@ -202,8 +243,11 @@ def assemble(
     check: ReplicaCheck,
     position: Position,
     run: dict[str, Any],
+    saver: Saver,
+    requests: Requests,
+    beat: Callable[[str], None],
 ) -> Loop:
-    """The loop of this rank; ``save`` is set by the caller."""
+    """The loop of this rank."""
     folder = output_folder(config)
     main = int(os.environ["RANK"]) == 0
     batches = BatchesAhead(corpus.train, resolved.micro_batch_size, resolved.accumulation, ctx.data_rank, ctx.data_size)
@@ -223,7 +267,9 @@ def assemble(
         progress=Progress(resolved.train.train_iters, position.step, main),
         instruments=Instruments(config.diagnostics, folder, report.groups, engine.device),
         memory=report.current_memory,
-        save=lambda position: None,
+        saver=saver,
+        requests=requests,
+        beat=beat,
         check=check,
         ranks=report.groups.world,
         bytes_per_token=corpus.bytes_per_token,

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from megalowrank.checkpoint.io import Checkpoint, SoloRanks, save_checkpoint
+from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import Piece
+from megalowrank.checkpoint.write import Retention, SoloRanks, save_checkpoint
 
 SHAPE = (6, 4)
 STATE = {"config": {"lr": 1e-3, "none": None}, "rng": [1, 2**63], "note": "é", "done": False}
@@ -65,14 +66,14 @@ def save_together(root: Path, step: int, held: list[list[Piece]], state: Any = N
     return outcomes
 
 
-def save_step(root: Path, step: int, keep_last: int = 0, fill: int | None = None) -> Path:
+def save_step(root: Path, step: int, keep_last: int = 0, fill: int | None = None, keep_every: int = 0) -> Path:
     """One process saves tensors filled with the step (or ``fill``)."""
     value = step if fill is None else fill
     pieces = [
         Piece.whole("weight/w", torch.full(SHAPE, float(value))),
         Piece.whole("count", torch.tensor(value)),
     ]
-    return save_checkpoint(root, step, pieces, {"value": value}, SoloRanks(), keep_last)
+    return save_checkpoint(root, step, pieces, {"value": value}, SoloRanks(), Retention(keep_last, keep_every))
 
 
 def value_of(checkpoint: Checkpoint) -> int:

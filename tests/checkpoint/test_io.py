@@ -11,8 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from megalowrank.checkpoint.io import Checkpoint, SoloRanks, save_checkpoint
+from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import Piece
+from megalowrank.checkpoint.write import SoloRanks, save_checkpoint
 from megalowrank.errors import TrainingError
 from tests.checkpoint.io_cases import STATE, folders, save_step, save_together, value_of
 
@@ -93,6 +94,41 @@ def test_keep_last(tmp_path: Path) -> None:
     save_step(tmp_path, 45, keep_last=2)
     assert folders(tmp_path) == ["latest", "step_00000040", "step_00000045"]
     assert value_of(Checkpoint.open(tmp_path)) == 45
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        save_step(tmp_path, step, keep_last=2, keep_every=30)
+    assert folders(tmp_path) == ["latest", "step_00000030", "step_00000060", "step_00000070"]
+    save_step(tmp_path, 80, keep_last=2, keep_every=0)
+    assert folders(tmp_path) == ["latest", "step_00000070", "step_00000080"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_reads_back_differently_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """A disk that loses a bit between writing and reading back: the save fails on all ranks, latest stays."""
+    save_step(tmp_path, 1)
+    sync = os.fsync
+
+    def losing(handle: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        sync(handle)
+        if name.endswith(f"rank_0000{rank}.safetensors"):
+            flip_last_bit(Path(name))
+
+    monkeypatch.setattr(os, "fsync", losing)
+    halves = [[Piece.rows("w", (4, 2), part, 2, torch.full((2, 2), 3.0))] for part in (0, 1)]
+    outcomes = save_together(tmp_path, 2, halves)
+    assert [type(outcome) for outcome in outcomes] == [TrainingError, TrainingError]
+    assert all("differs when read back" in str(outcome) for outcome in outcomes)
+    assert folders(tmp_path) == ["latest", "step_00000001"]
+    assert value_of(Checkpoint.open(tmp_path)) == 1
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def test_keep_last_removes_nothing_before_latest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def save_until_killed(root: Path, first: int, line: Connection) -> None:
 
 def test_kill_nine_at_random_moments(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalowrank.checkpoint.io"])
+    context.set_forkserver_preload(["megalowrank.checkpoint.write"])
     rng = random.Random(9)
     done = 0
     for _ in range(15):

@@ -25,6 +25,7 @@ from megalowrank.errors import TrainingError
 from megalowrank.methods.base import Context, Method
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.groups import Groups
+from megalowrank.parallel.requests import Requests
 from tests.engine.equality_cases import (
     LR,
     STEPS,
@@ -141,7 +142,9 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         progress=Progress(STEPS, 0, False),
         instruments=SimpleNamespace(update=lambda step: nullcontext(), counters=dict),  # type: ignore[arg-type]
         memory=lambda: 0,
-        save=lambda position: None,
+        saver=SimpleNamespace(wait=lambda: None),  # type: ignore[arg-type]
+        requests=Requests(None, {}),
+        beat=lambda where: None,
         check=SimpleNamespace(due=lambda step: False),  # type: ignore[arg-type]
         ranks=ctx.data_size,
         bytes_per_token=None,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalowrank.checkpoint.io import Checkpoint, SoloRanks, save_checkpoint
+from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import Piece
+from megalowrank.checkpoint.write import SoloRanks, save_checkpoint
 from megalowrank.config import OutputConfig
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.loop import Position

@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megalowrank.checkpoint.io import SoloRanks, save_checkpoint
 from megalowrank.checkpoint.pieces import Piece
+from megalowrank.checkpoint.write import SoloRanks, save_checkpoint
 from megalowrank.lowrank.fold import split_residual
 from megalowrank.parallel.rng import generator
 
