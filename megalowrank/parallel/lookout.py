@@ -49,7 +49,7 @@ class Lookout:
             self._socket = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_CONNECT)
             self._socket.settimeout(None)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._send({"token": token, "rank": self.rank})
+            self._socket.sendall(f"{token}{self.rank}\n".encode())
         except OSError as error:
             problem = f"rank {self.rank} cannot reach rank 0 at {os.environ['MASTER_ADDR']} port {port}: {error}"
         if not all_true(not problem, group):
@@ -162,14 +162,12 @@ class _Hub:
 
     def _take(self, peer: socket.socket, line: bytes) -> None:
         """A message; a stranger without the token is not listened to."""
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = {}
         if peer not in self.ranks:
-            if message.get("token") == self.token:
-                self.ranks[peer] = int(message["rank"])
-        elif "failed" in message:
+            if line.startswith(self.token.encode()):
+                self.ranks[peer] = int(line[len(self.token) :])
+            return
+        message = json.loads(line)
+        if "failed" in message:
             self._announce(f"rank {self.ranks[peer]} failed: {message['reason']}")
         elif "bye" in message:
             self.missing.discard(self.ranks[peer])
