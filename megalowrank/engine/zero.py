@@ -88,6 +88,7 @@ class ZeroEngine:
         clip = config.get("gradient_clipping", 0.0)
         plain = is_plain(config)
         settings = {"log_level": "error", **config, "gradient_clipping": 0.0 if plain else clip}
+        zero_state.forget_model_parallelism()
         mpu = ModelParallelUnit() if groups.tensor_size > 1 else None
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.deepspeed.module

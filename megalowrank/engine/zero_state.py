@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import groups as deepspeed_groups
 
 from megalowrank.engine.arena import flatten_in_place, whole_partition
 from megalowrank.lowrank.fold import WeightPiece
@@ -49,6 +50,11 @@ def zero_layout(engine: Any, factors: Factors) -> ZeroLayout:
         "DeepSpeedZeroOptimizer_Stage3": _stage_3,
     }
     return readers[type(zero).__name__](zero, factors)
+
+
+def forget_model_parallelism() -> None:
+    """Drop what an earlier engine of this process told DeepSpeed of its layout, which would hold for the next one."""
+    deepspeed_groups.mpu = None
 
 
 def global_grad_norm(engine: Any) -> Any:

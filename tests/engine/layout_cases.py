@@ -72,6 +72,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 dp2": {"pp": 2, "dp": 2, "stage": 1},
     **{f"tp2 dp2 zero{stage}": {"tp": 2, "dp": 2, "stage": stage} for stage in range(4)},
     **{f"tp2 sp dp2 zero{stage}": {"tp": 2, "dp": 2, "sp": True, "stage": stage} for stage in range(4)},
+    **{f"dp2 zero{stage}": {"dp": 2, "stage": stage} for stage in (1, 2, 3)},
     **{f"tp2 dp2 zero{stage} offload": {"tp": 2, "dp": 2, "stage": stage,
                                         "zero": {"offload_optimizer": {"device": "cpu"}}} for stage in (1, 2, 3)},
 }  # fmt: skip
@@ -145,14 +146,19 @@ class Poison:
         return spoiled
 
 
-def train(engine: Engine, method: Method, ctx: Context, shares: Any, poison: Poison) -> tuple[list[float], ...]:
-    """Losses and gradient norms of the updates that were applied; attempts that were not are taken again."""
+def train(
+    engine: Engine, method: Method, ctx: Context, shares: Any, poison: Poison, first: int = 0, last: int = STEPS
+) -> tuple[list[float], ...]:
+    """Losses and gradient norms of the updates first .. last - 1; attempts that were not applied are taken again.
+
+    After the very last update the loss of an evaluation comes too.
+    """
     losses: list[float] = []
     norms: list[float] = []
-    attempts, announced = 0, -1
-    while len(norms) < STEPS:
-        if announced != len(norms):
-            announced = len(norms)
+    attempts, announced = first, -1
+    while len(norms) < last - first:
+        if announced != first + len(norms):
+            announced = first + len(norms)
             method.before_step(announced, ctx)
         poison.armed = attempts in poison.attempts
         result = engine.train_step(shares(attempts), LR)
@@ -160,8 +166,9 @@ def train(engine: Engine, method: Method, ctx: Context, shares: Any, poison: Poi
         if result.applied:
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))
-    losses.append(float(engine.eval_step(shares(0))))
-    engine.end_evaluation()
+    if last == STEPS:
+        losses.append(float(engine.eval_step(shares(0))))
+        engine.end_evaluation()
     return losses, norms, [attempts]
 
 
@@ -222,6 +229,21 @@ class Divided:
         method.start(ctx)
         return cls(method, model, engine, groups, ctx, architecture(config).tied_output)
 
+    def shares(self, step: int) -> list[torch.Tensor]:
+        """The micro-batches of this rank."""
+        return [tokens.chunk(self.groups.data_size)[self.groups.data_rank] for tokens in batch(step)]
+
+    def train(self, case: dict[str, Any], first: int = 0, last: int = STEPS) -> tuple[list[float], ...]:
+        """``train`` on this rank; the loss of the evaluation is that of all. Collective."""
+        groups = self.groups
+        poison = Poison(case, self.model, groups.data_rank == groups.data_size - 1 and groups.tensor_rank == 0)
+        losses, norms, attempts = train(self.engine, self.method, self.ctx, self.shares, poison, first, last)
+        if groups.pipe_size == 1 and last == STEPS:
+            total = torch.tensor(losses[-1], dtype=torch.float64)
+            dist.all_reduce(total, group=groups.data)
+            losses[-1] = float(total) / groups.data_size
+        return losses, norms, attempts
+
 
 def divided(case: dict[str, Any]) -> Run:
     """The case on this job's ranks. Collective."""
@@ -230,16 +252,8 @@ def divided(case: dict[str, Any]) -> Run:
     tensors = RunTensors(run.model, run.engine.state, run.method, groups)
     start = digest(logical(tensors, groups.world))
 
-    def shares(step: int) -> list[torch.Tensor]:
-        return [tokens.chunk(groups.data_size)[groups.data_rank] for tokens in batch(step)]
-
-    poison = Poison(case, run.model, groups.data_rank == groups.data_size - 1 and groups.tensor_rank == 0)
-    losses, norms, attempts = train(run.engine, run.method, run.ctx, shares, poison)
+    losses, norms, attempts = run.train(case)
     counters = {**run.method.counters(), "attempts": attempts[0]}
-    if groups.pipe_size == 1:
-        total = torch.tensor(losses[-1], dtype=torch.float64)
-        dist.all_reduce(total, group=groups.data)
-        losses[-1] = float(total) / groups.data_size
     ReplicaCheck(1, run.model, run.engine, groups, run.tied).run(STEPS)
     found = Run(losses, norms, logical(tensors, groups.world), counters, start, padding(tensors))
     if not case.get("float64"):
