@@ -65,6 +65,9 @@ class ModelConfig:
     norm_epsilon: float | None = flag(None, "epsilon of the norms; default: 1e-6 (llama) or 1e-5")
     rotary_base: float | None = flag(None, "base of the rotary position embedding; default: 10000")
     rotary_percent: float | None = flag(None, "share of every head that is rotated; default: 1 (llama) or 0.25 (neox)")
+    tie_word_embeddings: bool | None = flag(
+        None, "use the embedding as the output projection; default: yes for gpt2, no for others"
+    )
     init_method_std: float = flag(0.02, "standard deviation of the initial weights")
 
     def check(self) -> None:
@@ -143,6 +146,9 @@ class TrainConfig:
     )
     max_skipped_steps: int = flag(10, "non-finite updates that a run survives", unit="updates")
     exit_interval: int | None = flag(None, "stop after this many updates of this process", unit="updates")
+    exit_duration_in_mins: int | None = flag(
+        None, "save and stop, as a signal would, this long after the start of the process", unit="minutes"
+    )
 
     def check(self) -> None:
         """Ranges of single values."""
@@ -152,7 +158,10 @@ class TrainConfig:
             ("lr_restart_warmup_iters", 0), ("lr_restart_offset", 0),
         ):  # fmt: skip
             at_least(name.replace("_", "-"), getattr(self, name), minimum)
-        for name in ("micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_restart_interval", "exit_interval"):
+        for name in (
+            "micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_restart_interval", "exit_interval",
+            "exit_duration_in_mins",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("adam_beta1", "adam_beta2"):

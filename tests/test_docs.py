@@ -110,7 +110,7 @@ def test_pins_are_within_the_declared_ranges() -> None:
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     declared = {re.split(r"[<>=;\[ ]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
     named = {"yaml": "pyyaml", "megatron": "megatron-core"}
-    optional = {"wandb", "apex", "datasets", "pyarrow", "huggingface_hub"}
+    optional = {"wandb", "apex", "peft", "datasets", "pyarrow", "huggingface_hub"}
     for path in (ROOT / "megalowrank").rglob("*.py"):
         for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
             known = name in sys.stdlib_module_names or name in optional or name == "megalowrank"

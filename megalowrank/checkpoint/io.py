@@ -29,7 +29,10 @@ from megalowrank.errors import ConfigError, nearest
 
 
 class Checkpoint:
-    """A saved checkpoint, open for reading. Not collective: any process may open and read one by itself."""
+    """A saved checkpoint, open for reading. Not collective: any process may open and read one by itself.
+
+    ``files`` has the size in bytes of the file of every rank that wrote it.
+    """
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
         """Open this very folder; users call ``open``."""
@@ -45,6 +48,7 @@ class Checkpoint:
             raise ConfigError(f"{path} is not a checkpoint manifest", repr(error)) from None
         for file, (size, digest) in files.items():
             check_file(folder, file, size, digest if verify else None)
+        self.files: dict[str, int] = {file: size for file, (size, _) in files.items()}
         strange = {part.file for saved in self._tensors.values() for part in saved.parts} - files.keys()
         if strange:
             raise ConfigError(f"{path} names files that are not in its list", sorted(strange))

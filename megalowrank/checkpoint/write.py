@@ -203,8 +203,13 @@ def _compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise OSError unless the file holds these tensors, bit by bit."""
     with safe_open(path, framework="pt", device="cpu") as file:
         for key, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(key).view(torch.uint8), tensor.view(torch.uint8)):
+            if not torch.equal(_bits(file.get_tensor(key)), _bits(tensor)):
                 raise OSError(f"{path} does not hold what was written: {key} differs when read back")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a 1-D contiguous tensor; one of a single element may have any stride, which ``view`` refuses."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _check_keys(value: object, where: str) -> None:

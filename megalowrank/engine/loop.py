@@ -136,7 +136,7 @@ class Loop:
         self._save()
         self.saver.wait()
         where = f"it is saved in {self.output.save}" if self.output.save else "it is not saved: there is no --save"
-        raise Stopped(f"stopped by a signal after update {self.position.step}; {where}")
+        raise Stopped(f"stopped by a signal or --exit-duration-in-mins after update {self.position.step}; {where}")
 
     def close(self) -> None:
         """End the reading thread, traces, trackers and the progress bar."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +50,7 @@ from megalowrank.parallel.launch import set_rank_environment
 from megalowrank.parallel.requests import Requests, host_group
 
 Builder = Callable[..., BuiltModel]
+_STARTED = time.monotonic()
 
 
 def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequence[str] = LLAMA_FAMILIES) -> None:
@@ -94,7 +97,7 @@ def _train(
     tied = architecture(model_config).tied_output
     check = ReplicaCheck(config.parallel.replica_check_interval, model, engine, groups, tied)
     saver = Saver(state, config.output, host_group(_timeout(config)))
-    requests = requests_of(saver, host_group(_timeout(config)), rank)
+    requests = requests_of(saver, host_group(_timeout(config)), rank, train.exit_duration_in_mins)
     loop = assemble(config, resolved, corpus, ctx, method, engine, report, check, position, run, saver, requests, beat)
     say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
     if position.step >= train.train_iters:
@@ -130,10 +133,14 @@ def context_of(
     )  # fmt: skip
 
 
-def requests_of(saver: Saver, group: Any, rank: int) -> Requests:
-    """What ranks may ask of all: to stop, because of a signal; to save, by the clock of the first; to give up."""
+def requests_of(saver: Saver, group: Any, rank: int, minutes: int | None) -> Requests:
+    """What ranks may ask of all: to stop, because of a signal; to save or stop, by the clock of the first; to give up.
+
+    ``minutes`` is how long the process may take; None: as long as it takes.
+    """
+    limit = math.inf if minutes is None or rank else _STARTED + 60.0 * minutes
     sources: dict[str, Callable[[], bool]] = {
-        "stop": lambda: bool(signals.received()),
+        "stop": lambda: bool(signals.received()) or time.monotonic() >= limit,
         "save": lambda: rank == 0 and saver.overdue(),
         "failed": lambda: saver.failed,
     }

@@ -108,7 +108,7 @@ _MEGATRON = {
     "--lr-warmup-samples": "--lr-warmup-iters, a number of updates",
     "--lr-decay-samples": "--lr-decay-iters, a number of updates",
     "--train-samples": "--train-iters, a number of updates",
-    "--save-retain-interval": "--keep-last",
+    "--save-retain-interval": "--keep-every",
     "--wandb-exp-name": "--wandb-name",
     "--wandb-save-dir": "--output-dir",
     "--recompute-activations": "--recompute-granularity full",
@@ -121,10 +121,9 @@ _MEGATRON = {
     "--log-throughput": "throughput is in every log line",
     "--num-layers-per-virtual-pipeline-stage": "DeepSpeed's pipeline does not interleave",
     "--context-parallel-size": "context parallelism is not built",
-    "--untie-embeddings-and-output-weights": "it follows from the architecture",
+    "--untie-embeddings-and-output-weights": "--no-tie-word-embeddings",
     "--swiglu": "it follows from the architecture",
     "--ckpt-format": "checkpoints are safetensors and JSON",
-    "--async-save": "checkpoints are written at once",
 }
 _DEEPSPEED = {
     "--zero-stage": _DS + "zero_optimization.stage",

@@ -29,7 +29,8 @@ class Architecture:
 
     ``norm`` is RMSNorm or LayerNorm (with bias); ``gated`` has a second projection beside the activation;
     ``biases`` holds for all linears but the head; ``rotary_percent`` is the default share of a head that is
-    rotated, None for learned positions; ``grouped_query`` allows fewer key/value heads than query heads.
+    rotated, None for learned positions; ``tied_output`` is the default of that; ``grouped_query`` allows fewer
+    key/value heads than query heads.
     """
 
     norm: str
@@ -64,8 +65,9 @@ ROTARY_BASE = 10000.0
 
 
 def architecture(config: ModelConfig) -> Architecture:
-    """The table's entry for ``config``; the first family where none is named."""
-    return ARCHITECTURES[config.model_family or FAMILIES[0]]
+    """The table's entry for ``config``, the first family where none is named, with what ``config`` changes in it."""
+    found = ARCHITECTURES[config.model_family or FAMILIES[0]]
+    return found if config.tie_word_embeddings is None else replace(found, tied_output=config.tie_word_embeddings)
 
 
 def completed(config: ModelConfig, families: Sequence[str], length: int | None = None) -> ModelConfig:
@@ -85,6 +87,7 @@ def completed(config: ModelConfig, families: Sequence[str], length: int | None =
         filled.num_query_groups = filled.num_attention_heads
     if filled.ffn_hidden_size is None and filled.hidden_size is not None and not shape.gated:
         filled.ffn_hidden_size = 4 * filled.hidden_size
+    filled.tie_word_embeddings = shape.tied_output
     if filled.norm_epsilon is None:
         filled.norm_epsilon = shape.norm_epsilon
     if shape.rotary_percent is None:

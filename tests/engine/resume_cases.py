@@ -10,10 +10,13 @@ import torch
 
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.config import OutputConfig, TrainConfig
+from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
+from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.resume import RunState
 from megalowrank.errors import ConfigError
+from megalowrank.methods import METHODS as REGISTRY
 from megalowrank.methods.base import Method
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.groups import Groups
@@ -32,6 +35,18 @@ from tests.engine.equality_cases import (
     snapshot,
     start_ranks,
 )
+
+SPARSE = {"lora_rank": 4, "lora_target": ["o"], "switch_interval": 12, "switch_freeze_steps": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fifo": {"method": "switchlora"},
+    "sparse": {"method": "switchlora", "flags": SPARSE},
+    "random": {"method": "switchlora", "flags": {"switch_order": "random"}},
+    "lora": {"method": "lora"},
+    "full": {"method": "full"},
+    "merge": {"method": "relora"},
+}
+KNOWN = {variant["method"] for variant in VARIANTS.values()}
+VARIANTS.update({name: {"method": name} for name in REGISTRY if name not in KNOWN})
 
 
 def run_json(case: dict[str, Any], method: Method, **changed: Any) -> dict[str, Any]:
@@ -91,6 +106,15 @@ class Process:
     def end(self) -> None:
         self.engine.close()
         gc.collect()
+
+
+def dense_process(groups: Groups, variant: str = "fifo", **flags: Any) -> Process:
+    """Updates of one process without DeepSpeed."""
+    case = VARIANTS[variant]
+    method, model = build(case["method"], False, {**case.get("flags", {}), **flags})
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    engine = DenseEngine(model.module, model.layers, VectorClockAdamW(parameters), 0.0)
+    return Process(case, model, method, engine, groups)
 
 
 def output(folder: str, **more: Any) -> OutputConfig:

@@ -14,14 +14,11 @@ from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import Piece
 from megalowrank.checkpoint.write import SoloRanks, save_checkpoint
 from megalowrank.config import OutputConfig
-from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.loop import Position
-from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.errors import ConfigError
-from megalowrank.methods import METHODS as REGISTRY
 from megalowrank.parallel.groups import Groups, initialize_single_process
-from tests.engine.equality_cases import STEPS, build
-from tests.engine.resume_cases import Process, run_json
+from tests.engine.equality_cases import STEPS
+from tests.engine.resume_cases import VARIANTS, Process, dense_process, run_json
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -36,17 +33,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 0, "sub_group_size": 40,
     }},
 }  # fmt: skip
-SPARSE = {"lora_rank": 4, "lora_target": ["o"], "switch_interval": 12, "switch_freeze_steps": 3}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fifo": {"method": "switchlora"},
-    "sparse": {"method": "switchlora", "flags": SPARSE},
-    "random": {"method": "switchlora", "flags": {"switch_order": "random"}},
-    "lora": {"method": "lora"},
-    "full": {"method": "full"},
-    "merge": {"method": "relora"},
-}
-KNOWN = {variant["method"] for variant in VARIANTS.values()}
-VARIANTS.update({name: {"method": name} for name in REGISTRY if name not in KNOWN})
 CUTS = ((2, 3), (3, 3), (1, 4))
 
 
@@ -196,14 +182,6 @@ def test_another_number_of_ranks_and_another_stage_reads_the_same(folders: list[
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Groups]:
     yield initialize_single_process(str(tmp_path_factory.mktemp("store") / "store"))
-
-
-def dense_process(groups: Groups, variant: str = "fifo", **flags: Any) -> Process:
-    case = VARIANTS[variant]
-    method, model = build(case["method"], False, {**case.get("flags", {}), **flags})
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    engine = DenseEngine(model.module, model.layers, VectorClockAdamW(parameters), 0.0)
-    return Process(case, model, method, engine, groups)
 
 
 def save(process: Process, folder: Path, step: int) -> None:

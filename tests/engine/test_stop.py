@@ -39,13 +39,14 @@ def argv(corpus: TinyCorpus) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reports(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both ranks say of every case; the last one is a run without signals."""
+    """What both ranks say of every case; the last is a run without signals, the one before it runs out of time."""
     root = tmp_path_factory.mktemp("stop")
-    chosen = [*CASES, ("update", 0, {}, None)]
+    chosen = [*CASES, ("update", 0, {}, None), ("update", 0, {}, None)]
     cases = [
         {"moment": moment, "at": at, "signals": sent, "folder": str(root / str(number)), "argv": argv(tiny_corpus)}
         for number, (moment, at, sent, _) in enumerate(chosen)
     ]
+    cases[-2].update(late=True, argv=[*cases[-2]["argv"], "--exit-duration-in-mins", "60"])
     for case in cases:
         if "checkpoint" in case["moment"]:
             case["argv"] = [*case["argv"], "--save-interval", "3"]
@@ -82,7 +83,7 @@ def test_the_curve_is_that_of_an_undisturbed_run(reports: list[dict[str, Any]], 
 
 
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(reports: list[dict[str, Any]]) -> None:
-    for report in reports[:-1]:
+    for report in reports[:-2]:
         if "checkpoint" in report["case"]["moment"]:
             for said in report["ranks"]:
                 assert "saved in" in said["said"] and "step_00000003" in said["checkpoints"]
@@ -91,6 +92,11 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(reports: list[dict[
 def test_a_signal_after_the_end_is_too_late(reports: list[dict[str, Any]]) -> None:
     late = [report for report in reports if report["case"]["moment"] == "after the end"]
     assert [said["said"] for said in late[0]["ranks"]] == ["", ""]
+
+
+def test_a_run_that_is_out_of_time_stops_as_after_a_signal(reports: list[dict[str, Any]]) -> None:
+    assert all("--exit-duration-in-mins after update 0;" in said["said"] for said in reports[-2]["ranks"])
+    assert curve(reports[-2]["case"]["folder"]) == curve(reports[-1]["case"]["folder"])
 
 
 def test_every_moment_has_a_case() -> None:
