@@ -1,6 +1,7 @@
 # make pretrain   everything from nothing to a pre-trained LLaMA, its loss curve and a checkpoint
 # make test       the test suite            make check   lint and type check
-# make test-layouts   every method under every layout for every family (make test takes a quarter)
+# make test-all   every case of the large tables, for instance every method under every layout for every family
+# make test-slurm the job scripts on a SLURM cluster that the tests bring up (needs root); deepspeed over pdsh
 # make install    only the virtual environment   make data-enwik8   100 MB of Wikipedia as training data
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install pretrain data-enwik8 test test-layouts check clean
+.PHONY: install pretrain data-enwik8 test test-all test-slurm check clean
 
 install: $(VENV)/.installed
 
@@ -48,8 +49,11 @@ data-enwik8: install
 test: install
 	$(BIN)/python -m pytest
 
-test-layouts: install
-	$(BIN)/python -m pytest --every-cell tests/engine/test_layouts.py
+test-all: install
+	$(BIN)/python -m pytest --every-cell
+
+test-slurm: install
+	$(BIN)/python -m pytest --slurm tests/slurm
 
 check: install
 	$(BIN)/ruff check .

@@ -15,16 +15,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(default), help="folder of golden traces; default: the project's copy")
     parser.addoption("--tp", type=int, choices=(1, 2, 4), help="tensor-parallel size of golden replays")
     parser.addoption("--pp", type=int, choices=(1, 2), help="pipeline-parallel size of golden replays")
-    parser.addoption("--every-cell", action="store_true", help="the whole table of layouts, not a quarter of it")
+    parser.addoption("--every-cell", action="store_true", help="all cases of the large tables, not a part of them")
+    parser.addoption("--slurm", action="store_true", help="job scripts on a SLURM cluster that the tests bring up")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked ``every_cell`` unless it is asked for."""
-    if config.getoption("--every-cell"):
-        return
-    rest = [item for item in items if item.get_closest_marker("every_cell")]
-    config.hook.pytest_deselected(items=rest)
-    items[:] = [item for item in items if not item.get_closest_marker("every_cell")]
+    """Leave out what is marked ``every_cell`` or ``slurm`` unless it is asked for."""
+    for marker in ("every_cell", "slurm"):
+        if not config.getoption(marker):
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(marker)])
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+
+
+@pytest.fixture(scope="session")
+def every_cell(pytestconfig: pytest.Config) -> bool:
+    """Whether all cases of the large tables are wanted."""
+    return bool(pytestconfig.getoption("every_cell"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 12 updates under one layout, then 20 under another, on the same or another number of ranks, compared with one dense
 process that made all 32 (switches, merges and frozen vectors among them). ``pytest --every-cell`` runs every pair with
-every method; by default a part runs in which each method, and each layout on either side, occurs.
+every method; by default a part runs in which each method, and each kind of parallelism on either side, occurs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ CASES = [{**case, "folder": f"case_{number}"} for number, case in enumerate(case
 
 def core(case: dict[str, Any]) -> bool:
     """Whether a case always runs."""
-    m = list(METHODS).index(case["method"])
-    return "bf16" in case or (PAIRS.index((case["layout"], case["then"])) + m) % 4 == 0
+    m, pair = list(METHODS).index(case["method"]), PAIRS.index((case["layout"], case["then"]))
+    return case["method"] == "switchlora" if "bf16" in case else pair % 2 == 0 and (pair // 2 + m) % 4 == 0
 
 
 def cells(chosen: list[dict[str, Any]]) -> list[Any]:
@@ -93,7 +93,7 @@ def test_what_was_begun_goes_on(case: dict[str, Any], reports: dict[str, list[An
 def test_what_always_runs_has_everything_once() -> None:
     chosen = [case for case in CASES if core(case)]
     assert {case["method"] for case in chosen} == METHODS.keys()
-    assert {(case["layout"], case["then"]) for case in chosen} == set(PAIRS)
+    assert len({(case["layout"], case["then"]) for case in chosen}) >= len(PAIRS) // 2
     for sizes in ("tp", "pp", "dp", "zero3", "sp"):
         for side in ("layout", "then"):
             assert any(sizes in case[side] for case in chosen)

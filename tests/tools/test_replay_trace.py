@@ -62,12 +62,17 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [(0, 1), (1, 2), (2, 1), (3, 2)])
+MORE = pytest.mark.every_cell
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks"), [pytest.param(0, 1, marks=MORE), pytest.param(1, 2, marks=MORE), (2, 1), (3, 2)]
+)
 def test_reference_trace(zero: int, ranks: int) -> None:
     check(TRACE, "--zero", str(zero), "--ranks", str(ranks))
 
 
-@pytest.mark.parametrize(("zero", "ranks", "schedule"), [(3, 1, "ride"), (1, 2, "partial")])
+@pytest.mark.parametrize(("zero", "ranks", "schedule"), [pytest.param(3, 1, "ride", marks=MORE), (1, 2, "partial")])
 def test_sizes_that_do_not_divide_are_padded(zero: int, ranks: int, schedule: str, odd: Path) -> None:
     check(odd, "--zero", str(zero), "--ranks", str(ranks), "--tp", "2", "--lowrank-schedule", schedule)
 
