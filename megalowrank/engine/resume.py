@@ -104,7 +104,8 @@ class RunState:
         free = {f.name for kind in (ModelConfig, self.method.config) for f in fields(kind) if f.metadata.get("free")}
         for section, names in MUST_AGREE:
             for key in names or self.run[section].keys() - free:
-                if saved[section].get(key) != self.run[section].get(key):
+                # an older version had no such choice; what it would change is seen in the tensors
+                if key in saved[section] and saved[section][key] != self.run[section].get(key):
                     raise ConfigError(
                         f"--{key.replace('_', '-')} differs from the checkpoint {name}",
                         self.run[section].get(key),

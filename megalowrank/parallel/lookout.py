@@ -1,7 +1,7 @@
 """A rank that ends badly takes the others down at once, whoever launched them, and its error is what is shown last.
 
 Every rank keeps a TCP connection to rank 0. A process that dies, kill -9 included, drops its connection, and one that
-fails says why; rank 0 tells all. Without it the others would wait in a collective until its timeout.
+fails says why; rank 0 tells all. A machine that vanishes is noticed within a minute. Without it the others would wait in a collective until its timeout.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Lookout:
         try:
             self._socket = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_CONNECT)
             self._socket.settimeout(None)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _keep_alive(self._socket)
             self._socket.sendall(f"{token}{self.rank}\n".encode())
         except OSError as error:
             problem = f"rank {self.rank} cannot reach rank 0 at {os.environ['MASTER_ADDR']} port {port}: {error}"
@@ -111,6 +111,14 @@ class Lookout:
             self.leave()
 
 
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the system notice within a minute that a whole machine is gone, which closes nothing."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 class _Hub:
     """Rank 0's end of all connections."""
 
@@ -147,6 +155,7 @@ class _Hub:
 
     def _accept(self) -> None:
         peer, _ = self.server.accept()
+        _keep_alive(peer)
         self.buffers[peer] = b""
         self.selector.register(peer, selectors.EVENT_READ)
 
