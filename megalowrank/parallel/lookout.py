@@ -1,7 +1,8 @@
 """A rank that ends badly takes the others down at once, whoever launched them, and its error is what is shown last.
 
-Every rank keeps a TCP connection to rank 0. A process that dies, kill -9 included, drops its connection, and one that
-fails says why; rank 0 tells all. A machine that vanishes is noticed within a minute. Without it the others would wait in a collective until its timeout.
+Every rank keeps a TCP connection to rank 0. A process that dies, kill -9 included, drops its connection, one that fails
+says why, and a machine that vanishes is noticed within a minute; rank 0 tells all. Without it the others would wait in
+a collective until its timeout.
 """
 
 from __future__ import annotations
