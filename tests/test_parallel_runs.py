@@ -62,12 +62,15 @@ def test_what_a_user_reads_of_four_ranks(runs: dict[str, Path]) -> None:
     assert "pipe" in said and "tensor" in said, "the summary of collectives names the groups"
 
 
-def test_gpt2_with_its_tied_table_in_two_stages(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    words = f"{GPT} {METHOD} {TRAIN} --micro-batch-size 2 --replica-check-interval 1"
+@pytest.mark.parametrize(
+    ("program", "shape"), [("pretrain_gpt.py", GPT), (PROGRAM, f"{MODEL} --tie-word-embeddings")], ids=["gpt2", "llama"]
+)
+def test_a_tied_table_in_two_stages(program: str, shape: str, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
+    words = f"{shape} {METHOD} {TRAIN} --micro-batch-size 2 --replica-check-interval 1"
     layouts = {"one": (1, "zero0", []), "two": (2, "zero1_pp", ["--pipeline-model-parallel-size", "2"])}
     for name, (ranks, ds_config, more) in layouts.items():
         files = ["--output-dir", str(tmp_path / name), "--ds-config", f"ds_configs/{ds_config}.json"]
-        launch("pretrain_gpt.py", ranks, words, tiny_corpus, *files, *more)
+        launch(program, ranks, words, tiny_corpus, *files, *more)
     found, expected = (numbers(training(tmp_path / name), "loss") for name in ("two", "one"))
     assert found == pytest.approx(expected, rel=2e-5)
 

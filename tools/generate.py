@@ -9,7 +9,6 @@ which is enough to look at what a model has learned. Serving is for the converte
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import math
 import sys
@@ -22,11 +21,11 @@ if importlib.util.find_spec("megalowrank") is None:
 import torch
 
 import megalowrank.quiet  # noqa: F401 - first: it sets filters before the libraries are imported
+from megalowrank.checkpoint.plain import load_plain
 from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.data.tokenizers import Tokenizer, load_tokenizer
 from megalowrank.errors import ConfigError, run_main
-from megalowrank.methods.full_rank import FullRank, FullRankConfig
-from megalowrank.models.build import BuiltModel, build_model
+from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.groups import initialize_single_process
 
 
@@ -35,11 +34,8 @@ def load_model(saved: SavedWeights, device: torch.device) -> BuiltModel:
 
     A process group of one has to exist.
     """
-    config = dataclasses.replace(saved.model_config(), norm_impl="torch")
-    length = int(saved.run["train"]["seq_length"])
-    model = build_model(config, FullRank(FullRankConfig()), length=length, seed=0, initial=saved.read)
-    saved.check_covered({tensor.name for tensor in model.tensors})
-    model.module.to(device).eval()
+    model = load_plain(saved)
+    model.module.to(device)
     return model
 
 

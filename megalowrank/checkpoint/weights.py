@@ -30,8 +30,7 @@ class SavedWeights:
             if name.startswith(("master/", "weight/")) and not name.endswith(_FACTORS)
         }
         kind = method_class(self.run["method"])
-        adapters = kind(kind.config_class(**self.run["method_config"])).adapters()
-        self._scale = 0.0 if adapters is None else adapters.spec.scale
+        self.adapters = kind(kind.config_class(**self.run["method_config"])).adapters()
 
     @classmethod
     def open(cls, path: Path) -> SavedWeights:
@@ -54,6 +53,28 @@ class SavedWeights:
 
         Raises ConfigError if there is none, or of another shape.
         """
+        return self.merged(name, self.read_frozen(name, shape))
+
+    def merged(self, name: str, frozen: torch.Tensor) -> torch.Tensor:
+        """``frozen``, the weight called ``name`` without its factors, with s·B·A added."""
+        factors = self.factors(name.removesuffix(".weight"))
+        return frozen if factors is None else frozen.addmm(factors[1].t(), factors[0], alpha=self.scale)
+
+    @property
+    def scale(self) -> float:
+        """s of s·B·A; 0 where the method has no factors."""
+        return 0.0 if self.adapters is None else self.adapters.spec.scale
+
+    def factors(self, matrix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A [r, in] and Bᵀ [r, out] of an adapted matrix (its name ends before ``.weight``), in the type of masters."""
+        if f"master/{matrix}.A" not in self._stored:
+            return None
+        names = [f"master/{matrix}{side}" for side in _FACTORS]
+        A, Bt = (self.checkpoint.read(name).view(self.checkpoint.shape(name)) for name in names)
+        return A, Bt
+
+    def read_frozen(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """As ``read``, without s·B·A."""
         if name not in self.names:
             raise ConfigError(f"the checkpoint {self.checkpoint.path.name} lacks {name}", None, "a model of this shape")
         stored = f"master/{name}" if f"master/{name}" in self._stored else f"weight/{name}"
@@ -63,13 +84,7 @@ class SavedWeights:
         value = self.checkpoint.read(stored).view(shape)
         if f"residual/{name}" in self._stored:
             value = join_residual(value, self.checkpoint.read(f"residual/{name}").view(shape))
-        return self._merged(name.removesuffix(".weight"), value if value.dtype == torch.float64 else value.float())
-
-    def _merged(self, matrix: str, value: torch.Tensor) -> torch.Tensor:
-        if f"master/{matrix}.A" not in self._stored:
-            return value
-        A, Bt = (self.checkpoint.read(f"master/{matrix}{side}") for side in _FACTORS)
-        return value.addmm(Bt.view(-1, value.shape[0]).t(), A.view(-1, value.shape[1]), alpha=self._scale)
+        return value if value.dtype == torch.float64 else value.float()
 
     def check_covered(self, wanted: set[str], stages: Any = None) -> None:
         """Raise ConfigError if the checkpoint has weights that nobody wants: it is of another model.

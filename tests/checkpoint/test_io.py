@@ -76,6 +76,15 @@ def test_views_of_one_buffer_are_saved(tmp_path: Path) -> None:
     assert checkpoint.read("weight").tolist() == list(range(12))
 
 
+def test_single_elements_of_any_stride_are_saved(tmp_path: Path) -> None:
+    """One row for each of three ranks: a slice of one element is contiguous, whatever its stride."""
+    tensor = torch.arange(3.0)
+    held = [[Piece.rows("m", (3,), rank, 3, tensor[rank::3])] for rank in range(3)]
+    assert held[0][0].tensor.stride() == (3,)
+    assert save_together(tmp_path, 1, held) == [tmp_path / "step_00000001"] * 3
+    assert torch.equal(Checkpoint.open(tmp_path).read("m"), tensor)
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_step(tmp_path, 5, fill=1)
     reader = Checkpoint.open(tmp_path)

@@ -79,7 +79,7 @@ LLAMA = {
     **{f"mlp.{part}": f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
 }  # fmt: skip
 GPT2 = {
-    "embedding": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f",
+    "embedding": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f", "output": "lm_head",
     "input_layernorm": "transformer.h.{}.ln_1", "pre_mlp_layernorm": "transformer.h.{}.ln_2",
     "attention.qkv": "transformer.h.{}.attn.c_attn", "attention.o": "transformer.h.{}.attn.c_proj",
     "mlp.up": "transformer.h.{}.mlp.c_fc", "mlp.down": "transformer.h.{}.mlp.c_proj",
@@ -106,8 +106,8 @@ def theirs(config: ModelConfig, tensors: Tensors) -> Tensors:
         turned = family == "gpt2" and number and value.dim() == 2
         path = PLACES[family][place].format(number[1] if number else "")
         found[f"{path}.{kind}"] = value.t() if turned else value
-    if family == "gpt2":
-        found["lm_head.weight"] = found["transformer.wte.weight"]
+    if "output.weight" not in tensors:
+        found["lm_head.weight"] = found[f"{PLACES[family]['embedding']}.weight"]
     return found
 
 
@@ -142,7 +142,7 @@ def _llama(config: ModelConfig, dtype: torch.dtype) -> LlamaForCausalLM:
         rms_norm_eps=config.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
         attn_implementation=_attention(dtype),
     )
     found = LlamaForCausalLM(shape).to(dtype).eval()
@@ -163,6 +163,7 @@ def _gpt2(config: ModelConfig, dtype: torch.dtype) -> GPT2LMHeadModel:
         n_positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         layer_norm_epsilon=config.norm_epsilon,
+        tie_word_embeddings=config.tie_word_embeddings is not False,
         attn_implementation=_attention(dtype),
     )
     return GPT2LMHeadModel(shape).to(dtype).eval()
@@ -181,6 +182,7 @@ def _neox(config: ModelConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
             "rope_type": "default", "rope_theta": config.rotary_base, "partial_rotary_factor": share,
         },
         use_parallel_residual=True,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
         max_position_embeddings=512,
         attn_implementation=_attention(dtype),
     )  # fmt: skip

@@ -41,6 +41,8 @@ FAMILIES = {
     "llama": CONFIG,
     "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=29), None),
     "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=44), None),
+    "llama, tied": replace(CONFIG, tie_word_embeddings=True),
+    "gpt2, not tied": apply_preset(replace(SMALL, model_family="gpt2", tie_word_embeddings=False), None, LENGTH),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -60,7 +62,7 @@ def build(case: str, family: str, recompute: bool = False) -> tuple[Method, Buil
     name, flags = CASES[case]
     kind = method_class(name)
     method = kind(kind.config_class(**flags))
-    builder = build_llama if family == "llama" else build_gpt
+    builder = build_llama if family.startswith("llama") else build_gpt
     return method, builder(FAMILIES[family], method, length=LENGTH, seed=1, recompute=recompute)
 
 

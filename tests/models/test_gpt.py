@@ -31,6 +31,9 @@ CONFIGS = {
     "neox": replace(SHAPE, model_family="neox"),
     "neox, other sizes": replace(SHAPE, model_family="neox", ffn_hidden_size=52, norm_epsilon=1e-3, rotary_base=500.0,
                                  rotary_percent=0.5),
+    "llama, tied": replace(SHAPE, model_family="llama", ffn_hidden_size=52, tie_word_embeddings=True),
+    "gpt2, not tied": replace(SHAPE, model_family="gpt2", tie_word_embeddings=False),
+    "neox, tied": replace(SHAPE, model_family="neox", tie_word_embeddings=True),
 }  # fmt: skip
 CONFIGS = {name: completed(config, FAMILIES, LENGTH) for name, config in CONFIGS.items()}
 GPT = ("gpt2", "neox")
@@ -74,7 +77,7 @@ def disturb(model: BuiltModel) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("llama")])
 @pytest.mark.parametrize("case", METHODS)
 @torch.no_grad()
 def test_logits_and_loss_are_those_of_transformers(case: str, name: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -174,13 +177,17 @@ def test_logical_tensors_cover_every_parameter_once(name: str) -> None:
     assert len({tensor.name for tensor in model.tensors}) == len(model.tensors)
 
 
-def test_the_tied_head_is_the_embedding() -> None:
-    model = build("full", "gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "neox, tied"])
+def test_the_tied_head_is_the_embedding(name: str) -> None:
+    model = build("full", name)
     assert model.module.output.weight is model.module.embedding.weight
     assert [t.name for t in model.tensors if t.parameter is model.module.embedding.weight] == ["embedding.weight"]
     model.module.bfloat16()
     assert model.module.output.weight is model.module.embedding.weight
-    assert build("full", "neox").module.output.weight is not build("full", "neox").module.embedding.weight
+    for name in ("neox", "llama", "gpt2, not tied"):
+        other = build("full", name)
+        assert other.module.output.weight is not other.module.embedding.weight
+        assert "output.weight" in {tensor.name for tensor in other.tensors}
 
 
 @pytest.mark.parametrize("name", GPT)

@@ -26,6 +26,7 @@ GQA = ModelConfig(
     rotary_base=500.0, norm_epsilon=1e-3, init_method_std=0.15,
 )  # fmt: skip
 MHA = replace(GQA, num_query_groups=6)
+TIED = replace(GQA, tie_word_embeddings=True)
 PLAIN = replace(GQA, init_method_std=0.02)
 LENGTH = 21
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,7 +71,7 @@ def disturb(model: BuiltModel) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
-@pytest.mark.parametrize("config", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("config", [MHA, GQA, TIED], ids=["mha", "gqa", "tied"])
 @pytest.mark.parametrize("case", METHODS)
 @torch.no_grad()
 def test_logits_and_loss_are_those_of_transformers(
