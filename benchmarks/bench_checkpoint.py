@@ -3,8 +3,8 @@
     python benchmarks/bench_checkpoint.py [--preset llama_20m] [--ranks 1] [--updates 24] [--every 6] [--rounds 3]
 
 Trains with the real program, full, lora and switchlora: without saves, with saves at once and with saves in the
-background, in turns, several rounds. ``lost_per_save`` is what the updates of a run with saves take longer than those of
-one without, the noise of the machine and what writing in the background takes from training included;
+background, in turns, several rounds. ``lost_per_save`` is what the updates of a run with saves take longer than those
+of one without, the noise of the machine and what writing in the background takes from training included;
 ``stood_still_per_save`` is how long the loop waited in a save. Prints one JSON object: seconds as median, smallest and
 largest of rounds or saves; bytes of the checkpoint for each parameter of the model, factors not counted as such.
 """
@@ -97,7 +97,7 @@ class Bench:
         ]  # fmt: skip
 
     def run(self, method: str, mode: str) -> dict[str, Any]:
-        """One run: seconds of its updates after the first ``every``, saves among them, and what each save held it up."""
+        """One run: seconds of its updates after the first ``every``, saves among them, and of each save."""
         out, note = self.folder / f"{method}_{mode}", self.folder / "note.json"
         flags = [*self.flags, "--method", method, *RUNS[method], *MODES[mode], "--output-dir", str(out)]
         if mode != "none":

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,13 +68,15 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """``size`` nodes whose files lie in ``base``; ``gpus`` of each are files that stand for devices.
+    """``size`` nodes; ``gpus`` of each are files that stand for devices. Use it as a context.
 
-    A node that does not answer for ``patience`` seconds is down. Use it as a context.
+    A node that does not answer for ``patience`` seconds is down. ``base`` has all files until the end; it lies in the
+    system's folder for such, because the names of sockets must be short.
     """
 
-    def __init__(self, base: Path, size: int, gpus: int = 0, patience: int = 15) -> None:
-        self.base, self.gpus, self.patience = base, gpus, patience
+    def __init__(self, size: int, gpus: int = 0, patience: int = 15) -> None:
+        self.gpus, self.patience = gpus, patience
+        self.base = base = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.tag = secrets.token_hex(3)
         self.nodes = [f"n{self.tag}x{number}" for number in range(1, size + 1)]
         self.first_job = 1000 + secrets.randbelow(60000)
@@ -84,7 +87,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         for folder in ("state", "spool", "log", "run", "dev"):
-            (self.base / folder).mkdir(parents=True)
+            (self.base / folder).mkdir()
         self.base.chmod(0o755)
         try:
             self._munge()
@@ -115,6 +118,7 @@ class Cluster:
         for pid in self._ours():
             kill(pid)
         self._names([])
+        shutil.rmtree(self.base, ignore_errors=True)
 
     def repair(self) -> None:
         """Start the slurmd of every node that has none, resume those that are down, and wait until all are idle."""
@@ -123,7 +127,11 @@ class Cluster:
                 self._start(node, "slurmd", "-D", "-N", node)
             elif self.command("sinfo", "--noheader", f"--nodes={node}", "--format=%t").startswith("d"):  # down, drained
                 self.change("NodeName", node, "State=RESUME")
-        wait_for(lambda: self.idle() == len(self.nodes), 90, f"{len(self.nodes)} idle nodes; see {self.base}/log")
+        try:
+            wait_for(lambda: self.idle() == len(self.nodes), 90, f"{len(self.nodes)} idle nodes")
+        except AssertionError as error:
+            logs = "\n".join(path.read_text()[-2000:] for path in sorted((self.base / "log").glob("*.log")))
+            raise AssertionError(f"{error}\n{logs}") from None
 
     def _start(self, name: str, *command: str) -> None:
         log = (self.base / "log" / f"{name}.out").open("ab")
@@ -248,7 +256,7 @@ class Cluster:
                 self.change("JobId", job, "StartTime=now+5")
             return last not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
-        wait_for(ended, seconds, f"the end of job {job}, which is {last}", step=0.5)
+        wait_for(ended, seconds, f"the end of job {job}", step=0.5)
         return last
 
     def cancel(self, job: str) -> None:

@@ -60,7 +60,8 @@ class Job:
         try:
             return self.cluster.finish(self.number, seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.said()[-4000:]}") from None
+            details = self.cluster.details(self.number)
+            raise AssertionError(f"{error}\n{details}\n{self.said()[-4000:]}") from None
 
 
 def submit(

@@ -5,16 +5,18 @@ The process that forks must have no threads and no process group.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megalowrank.parallel.launch import free_port
 from soaking.sabotage import Saboteur
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ class Job:
     def __init__(self, flags: Sequence[str], world: int, folder: Path, saboteurs: dict[int, Saboteur]) -> None:
         self.folder = folder
         self.codes: dict[int, int] = {}
-        port = str(free_port())
+        port = str(_port())
         self.processes = {rank: self._fork(rank, world, port, flags, saboteurs.get(rank)) for rank in range(world)}
 
     def kill(self, rank: int) -> None:
@@ -94,6 +96,15 @@ class Job:
             code = _run()
         finally:
             os._exit(code)
+
+
+def _port() -> int:
+    """A TCP port that is free, and not of those that the system gives to whoever connects to something."""
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _run() -> int:

@@ -43,14 +43,15 @@ class Story:
     def ends_with(self, code: int, *words: str, load: str = "auto") -> None:
         """Go on undisturbed; TrainingError unless it ends with this code on all ranks and prints these words."""
         job = self.start(load=load)
-        said = job.output() if job.wait(_LIMIT) else "(too long)"
+        job.wait(_LIMIT, after_death=_ALONE)
+        said = job.output()
         if set(job.codes.values()) != {code} or not all(word in said for word in words):
             raise TrainingError(f"instead of {code} and {words} a run ended with {job.codes}: {said[-2000:]}")
 
     def finish(self, *more: str) -> None:
         """Let it go on undisturbed; TrainingError if it does not end well."""
         job = self.start(*more)
-        if not job.wait(_LIMIT) or set(job.codes.values()) != {0}:
+        if not job.wait(_LIMIT, after_death=_ALONE) or set(job.codes.values()) != {0}:
             raise TrainingError(f"an undisturbed run ended with {job.codes}: {job.output()[-2000:]}")
         self._check_resumed(job)
         self._check_folder()
