@@ -59,8 +59,6 @@ def plant_in_data(corpus: TinyCorpus, to: Path, ending: str, payload: bytes) -> 
     target = to / f"tiny{ending}"
     if ending == ".bin":  # of the size that the index says
         payload = (payload * (target.stat().st_size // len(payload) + 1))[: target.stat().st_size]
-    if ending == ".sizes":  # of whole numbers
-        payload += bytes(-len(payload) % 8)
     target.write_bytes(payload)
     digest = hashlib.sha256(payload).hexdigest()
     named = {".bin": "bin_sha256", ".sizes": "sizes_sha256", ".model": "tokenizer_sha256"}

@@ -115,7 +115,7 @@ class Cluster:
                 daemon.wait(10)
             daemon.kill()
             daemon.wait()
-        for pid in self._ours():
+        for pid, _ in self._ours():
             kill(pid)
         self._names([])
         shutil.rmtree(self.base, ignore_errors=True)
@@ -266,26 +266,26 @@ class Cluster:
 
     # ------------------------------------------------------------ accidents
 
-    def ranks(self, job: str, node: str | None = None) -> list[int]:
-        """Processes of a job's tasks by rank, on one node or all."""
-        found = []
-        for pid, env in environments():
-            ours = env.get("SLURM_JOB_ID") == job and env.get("SLURM_CONF") == self.env["SLURM_CONF"]
-            if ours and env.get("SLURM_STEP_ID") == "0" and node in (None, env.get("SLURMD_NODENAME")):
-                found.append((int(env["SLURM_PROCID"]), pid))
+    def ranks(self, job: str) -> list[int]:
+        """Processes of a job's ranks, by rank."""
+        found = [(int(env["SLURM_PROCID"]), pid) for pid, env in self._ours(job) if env.get("SLURM_STEP_ID") == "0"]
         return [pid for _, pid in sorted(found)]
 
     def break_node(self, node: str, job: str) -> None:
-        """Kill everything of a node at once: its slurmd, the ranks of a job there and the process that keeps them."""
-        ranks = self.ranks(job, node)
+        """Kill everything of a node at once: its slurmd, what a job has there, and what looks after that."""
+        victims = [pid for pid, env in self._ours(job) if env.get("SLURMD_NODENAME") == node]
+        keepers = {parent(pid) for pid in victims} - {1}
         self.daemons[node].kill()
-        for pid in [*{parent(pid) for pid in ranks}, *ranks]:
+        for pid in [*keepers, *victims]:
             kill(pid)
         self.daemons[node].wait()
 
-    def _ours(self) -> Iterator[int]:
-        """Processes that a job of this cluster has left."""
-        return (pid for pid, env in environments() if env.get("SLURM_CONF") == self.env["SLURM_CONF"])
+    def _ours(self, job: str | None = None) -> Iterator[tuple[int, dict[str, str]]]:
+        """Processes of this cluster's jobs, or of one, with their environment."""
+        for pid, env in environments():
+            known = env.get("SLURM_CONF") == self.env["SLURM_CONF"]
+            if known and job in (None, env.get("SLURM_JOB_ID")):
+                yield pid, env
 
 
 def parent(pid: int) -> int:

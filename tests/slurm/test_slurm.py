@@ -68,7 +68,8 @@ def node_broken(cluster: Cluster, job: Job, place: int = -1) -> None:
 
 
 ACCIDENTS: dict[Callable[[Cluster, Job], None], tuple[int, ...]] = {
-    requeued: (2, 4), warned: (4, 2), rank_killed: (2, 4), node_down: (4, 2), node_broken: (2,), first_node_broken: (2, 4)
+    requeued: (2, 4), warned: (4, 2), rank_killed: (2, 4), node_down: (4, 2), node_broken: (2,),
+    first_node_broken: (2, 4),
 }  # fmt: skip
 CASES = [
     pytest.param(nodes, accident, marks=[pytest.mark.every_cell] if at else [], id=f"{accident.__name__}-{nodes}")
@@ -177,7 +178,7 @@ def test_relora_goes_on_from_full_rank_and_lora_trains(
     for job in (lora, relora):
         assert job.finish() == "COMPLETED", job.said()
         assert [line["step"] for line in job.curve() if "loss" in line] == list(range(1, ITERS + 1))
-    assert relora.curve()[0]["loss"] < full.curve()[0]["loss"] - 1, "it does not start from noise"
+    assert relora.curve()[0]["loss"] < full.curve()[0]["loss"] - 0.5, "it does not start from noise"
 
 
 def test_the_launcher_of_deepspeed_inside_an_allocation(
