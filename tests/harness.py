@@ -1,24 +1,37 @@
-"""Run a test function on several gloo ranks, each a fresh process, and never hang.
+"""Run a test function on several gloo ranks, each a process of its own, and never hang.
 
 ``run_ranks("tests.engine.cases:function", world, payload, tmp_path)`` starts ``world`` processes that
 call ``function(payload) -> JSON value`` after joining a file-store process group, and returns the list
 of their results. A rank that fails or a launch that exceeds ``timeout`` seconds fails the test with the
 tail of every rank's output.
+
+Ranks are forked from one process that has loaded the libraries and done nothing else: loading them anew would take
+longer than most tests.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+import traceback
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def warm_context() -> ForkServerContext:
+    """Processes that begin with the libraries loaded, for one thread and no accelerator."""
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm"])
+    return context
 
 
 def run_ranks(target: str, world: int, payload: Any, tmp_path: Path, timeout: float = 240) -> list[Any]:
@@ -26,33 +39,29 @@ def run_ranks(target: str, world: int, payload: Any, tmp_path: Path, timeout: fl
     folder = tmp_path / f"ranks_{target.rsplit(':', 1)[-1]}_{world}_{time.monotonic_ns()}"
     folder.mkdir(parents=True)
     (folder / "payload.json").write_text(json.dumps(payload))
-    processes = []
-    for rank in range(world):
-        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        env.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-        log = (folder / f"log_{rank}.txt").open("w")
-        command = [sys.executable, "-m", "tests.harness", target, str(folder)]
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    context = warm_context()
+    processes = [context.Process(target=_rank, args=(target, str(folder), rank, world)) for rank in range(world)]
+    for process in processes:
+        process.start()
     _wait(processes, folder, timeout)
     return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world)]
 
 
-def _wait(processes: list[subprocess.Popen], folder: Path, timeout: float) -> None:
+def _wait(processes: list[ForkServerProcess], folder: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     try:
-        while any(p.poll() is None for p in processes):
-            failed = any(p.poll() not in (None, 0) for p in processes)
+        while any(p.exitcode is None for p in processes):
+            failed = any(p.exitcode not in (None, 0) for p in processes)
             if failed or time.monotonic() > deadline:
                 time.sleep(1.0)
                 break
             time.sleep(0.05)
     finally:
         for process in processes:
-            if process.poll() is None:
+            if process.exitcode is None:
                 process.kill()
-            process.wait()
-    codes = [p.returncode for p in processes]
+            process.join()
+    codes = [p.exitcode for p in processes]
     if any(codes):
         tails = "\n".join(
             f"--- rank {rank} (exit {code})\n" + (folder / f"log_{rank}.txt").read_text()[-3000:]
@@ -61,9 +70,24 @@ def _wait(processes: list[subprocess.Popen], folder: Path, timeout: float) -> No
         raise AssertionError(f"ranks failed or timed out after {timeout} s\n{tails}")
 
 
-def _main() -> None:
-    target, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _rank(target: str, folder: str, rank: int, world: int) -> None:
+    """One rank, with its output in a file."""
+    log = os.open(f"{folder}/log_{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    os.chdir(ROOT)
+    try:
+        _call(target, Path(folder), rank, world)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _call(target: str, folder: Path, rank: int, world: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -75,7 +99,3 @@ def _main() -> None:
     (folder / f"result_{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import torch
 from megalowrank.checkpoint.io import Checkpoint, find_auto
 from megalowrank.errors import TrainingError
 from tests.checkpoint.io_cases import folders, save_step, value_of
+from tests.harness import warm_context
 
 
 class Crash(BaseException):
@@ -140,8 +140,7 @@ def save_until_killed(root: Path, first: int, line: Connection) -> None:
 
 
 def test_kill_nine_at_random_moments(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalowrank.checkpoint.write"])
+    context = warm_context()
     rng = random.Random(9)
     done = 0
     for _ in range(15):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 
 import pytest
 
 from megalowrank.errors import EXIT_FAILED, EXIT_HUNG, EXIT_MISTAKE, EXIT_PEER
+from tests.harness import warm_context
 from tests.parallel import lookout_cases
 
 KILLED = -9
@@ -29,8 +29,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], str]]:
     """Of every case, all at once: exit codes, and what all ranks wrote to standard error, in order."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.lookout_cases"])
+    context = warm_context()
     root = tmp_path_factory.mktemp("lookout")
     running = {}
     for number, (name, (endings, _, _)) in enumerate(CASES.items()):
