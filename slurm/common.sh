@@ -87,6 +87,9 @@ requeue() {
   local state
   until state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T); do sleep 10; done # the controller is away
   [ "$state" = RUNNING ] || return
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60 & # until SLURM ends this script
+  {
+    until scontrol requeue "$SLURM_JOB_ID"; do sleep 10; done
+    sleep 60 # until SLURM ends this script
+  } &
   wait $!
 }

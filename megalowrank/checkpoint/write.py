@@ -141,6 +141,8 @@ class _Saving:
         json.dumps(state)
         self.root.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(self.root)
+        if self.temp.exists():
+            shutil.rmtree(self.temp)
         self.temp.mkdir()
 
     def write_rank(self, pieces: Sequence[Piece]) -> None:
@@ -172,12 +174,12 @@ class _Saving:
         write_text(self.root / ".latest.tmp", self.name + "\n")
         os.replace(self.root / ".latest.tmp", self.root / "latest")
         fsync(self.root)
-        if aside.exists():
-            shutil.rmtree(aside)
+        _remove(aside)
         for name in keep.doomed(in_order(steps(self.root), self.step)):
             doomed = self.root / f".{name}.tmp"  # a name that the next save clears if this one is killed
-            os.rename(self.root / name, doomed)
-            shutil.rmtree(doomed)
+            with contextlib.suppress(OSError):
+                os.rename(self.root / name, doomed)
+            _remove(doomed)
 
     def _read_part(self, rank: int) -> dict[str, Any]:
         path = self.temp / f"rank_{rank:05d}.json"
@@ -212,6 +214,13 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def _remove(folder: Path) -> None:
+    """Remove what nobody needs, as far as it goes: another program may have it open."""
+    if folder.exists():
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+
+
 def _check_keys(value: object, where: str) -> None:
     for key, inner in value.items() if isinstance(value, Mapping) else ():
         if not isinstance(key, str):
@@ -226,4 +235,4 @@ def _clear_leftovers(root: Path) -> None:
         if match and match[2] == "old" and not (root / match[1]).exists():
             os.rename(entry, root / match[1])
         elif match:
-            shutil.rmtree(entry)
+            _remove(entry)

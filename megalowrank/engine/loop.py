@@ -27,10 +27,14 @@ from megalowrank.parallel.requests import Requests
 
 @dataclass
 class Position:
-    """Where a run stands. ``step`` counts committed updates, ``attempts`` also the skipped ones."""
+    """Where a run stands. ``step`` counts committed updates, ``attempts`` also the skipped ones.
+
+    ``evaluated`` is the update after which it was evaluated last.
+    """
 
     step: int = 0
     attempts: int = 0
+    evaluated: int = 0
 
     @property
     def skipped(self) -> int:
@@ -95,6 +99,9 @@ class Loop:
         self._announced, self._saved = -1, self.position.step
         self.requests.ask()
         self._obey(self.requests.answer())
+        if 0 < self.position.step < last and self._evaluation_due():
+            self.evaluate()
+            self._obey(self.requests.standing)
         while self.position.step < last:
             step = self.position.step
             self.beat(f"the beginning of update {step + 1}")
@@ -108,7 +115,7 @@ class Loop:
             self._log(result, self.position.step == last)
             if self.check.due(self.position.step):
                 self.check.run(self.position.step)
-            if self._due(self.data.eval_interval) and self.position.step < last:
+            if self.position.step < last and self._evaluation_due():
                 self.evaluate()
             if self._due(self.output.save_interval) or "save" in asked:
                 self._save()
@@ -135,7 +142,9 @@ class Loop:
             return
         self._save()
         self.saver.wait()
-        where = f"it is saved in {self.output.save}" if self.output.save else "it is not saved: there is no --save"
+        where = "it is not saved: there is no --save"
+        if self.output.save:
+            where = f"it is saved in {self.output.save}" if self.position.step else "there is nothing to save yet"
         raise Stopped(f"stopped by a signal or --exit-duration-in-mins after update {self.position.step}; {where}")
 
     def close(self) -> None:
@@ -151,6 +160,10 @@ class Loop:
             with self._method_clock.measure():
                 self.method.before_step(step, self.ctx)
             self._announced = step
+
+    def _evaluation_due(self) -> bool:
+        """Whether there is to be one now; a run that was stopped in one makes up for it."""
+        return self._due(self.data.eval_interval) and self.position.evaluated != self.position.step
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.position.step % interval == 0
@@ -231,6 +244,7 @@ class Loop:
         self.engine.end_evaluation()
         if not batches:
             return {}
+        self.position.evaluated = self.position.step
         loss = float(mean_over(total, self.engine.group)) / batches
         found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
         if self.bytes_per_token is not None:

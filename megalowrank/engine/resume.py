@@ -77,6 +77,7 @@ class RunState:
         """
         return {
             "attempts": position.attempts,
+            "evaluated": position.evaluated,
             "updates": self.engine.state.updates,
             "method_state": united(self.method.state_dict(), self.groups.pipe),
             "run": self.run,
@@ -98,7 +99,8 @@ class RunState:
         self.tensors.set_updates(int(checkpoint.state["updates"]))
         self.method.load_state_dict(checkpoint.state["method_state"])
         self.engine.reload()
-        return Position(checkpoint.step, int(checkpoint.state["attempts"]))
+        evaluated = checkpoint.state.get("evaluated", checkpoint.step)
+        return Position(checkpoint.step, int(checkpoint.state["attempts"]), int(evaluated))
 
     def _compare(self, saved: dict[str, Any], name: str) -> None:
         free = {f.name for kind in (ModelConfig, self.method.config) for f in fields(kind) if f.metadata.get("free")}

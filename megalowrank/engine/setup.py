@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -106,13 +107,11 @@ def _train(
         loop.close()
         say(rank, "dry run: nothing was trained and nothing was written")
     else:
-        if rank == 0:
-            write_run(output_folder(config), run)
-        loop.metrics.truncate_from(position.step + 1)
-        try:
+        with saver.alone(), contextlib.closing(loop):
+            if rank == 0:
+                write_run(output_folder(config), run)
+            loop.metrics.truncate_from(position.step + 1)
             evaluation = loop.run()
-        finally:
-            loop.close()
         signals.ignore()
         say(rank, "\n".join([report.end(evaluation, corpus), *loop.instruments.summary()]))
     engine.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megalowrank.errors import EXIT_HUNG
 
+_PATIENCE = 10.0  # seconds for writing stacks
 _BACKUP = 30.0  # seconds after which the stacks are written by a thread that needs no interpreter
 
 
@@ -55,6 +56,16 @@ class Watchdog:
         if self.folder is None:
             faulthandler.dump_traceback(all_threads=True)
             return
+        try:
+            self._write(reason)
+        except OSError as error:
+            print(
+                f"rank {self.rank}: the stacks of its threads cannot be written: {error}", file=sys.stderr, flush=True
+            )
+            faulthandler.dump_traceback(all_threads=True)
+
+    def _write(self, reason: str) -> None:
+        assert self.folder is not None
         path = self.folder / f"stacks_rank_{self.rank:05d}.txt"
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
@@ -66,6 +77,9 @@ class Watchdog:
         while not self._over.wait(max(0.0, self._last + self.seconds - time.monotonic())):
             if time.monotonic() - self._last >= self.seconds:
                 reason = f"hung: nothing for {self.seconds:g} seconds (--hang-timeout) after {self._where}"
-                self.show(reason)
                 self.tell(reason)
+                leave = threading.Timer(_PATIENCE, os._exit, (EXIT_HUNG,))  # should the disk be what hangs
+                leave.daemon = True
+                leave.start()
+                self.show(reason)
                 os._exit(EXIT_HUNG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ def initialize_distributed(timeout: Any) -> None:
     On the CPU DeepSpeed would compile a shared-memory operator here; gloo does without.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # collectives of ours come before DeepSpeed sets it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 from collections.abc import MutableMapping
 
@@ -44,10 +45,18 @@ def set_rank_environment(env: MutableMapping[str, str] | None = None) -> tuple[i
         if name not in env:
             raise ConfigError(f"{name} is not set", None, "the address of rank 0, set by the launcher")
     env.setdefault("OMP_NUM_THREADS", "1")
+    _allow_many_files()
     rank, world, local = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= world:
         raise ConfigError("RANK is not below WORLD_SIZE", f"RANK={rank} WORLD_SIZE={world}")
     return rank, world, local
+
+
+def _allow_many_files() -> None:
+    """The first rank has several connections to every other one, more than the usual 1024 files in a large job."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _number(env: MutableMapping[str, str], name: str) -> int:

@@ -22,6 +22,7 @@ from megalowrank.errors import EXIT_PEER, TrainingError
 from megalowrank.parallel.collectives import all_true, from_first_rank
 
 GRACE = 3.0  # seconds in which a rank may end by its own error after another has failed
+SILENT = "ended without a word (killed, or out of memory?)"
 _CONNECT = 20.0
 
 
@@ -60,6 +61,7 @@ class Lookout:
     def fail(self, reason: str) -> None:
         """Tell all ranks that this one cannot go on; they end."""
         self._send({"failed": self.rank, "reason": " ".join(reason.split())})
+        self._pass_on()
 
     def wait(self, seconds: float) -> str | None:
         """What another rank ended of, once it is known; None if nothing is known after ``seconds``."""
@@ -76,20 +78,30 @@ class Lookout:
     def leave(self) -> None:
         """End this process because of the verdict: one rank shows it, all have the exit code for it."""
         self.show()
+        self._pass_on()
         sys.stdout.flush()
         os._exit(EXIT_PEER)
 
     def show(self) -> None:
-        """Print the verdict, once in the job: on rank 0, or on rank 1 if it was rank 0 that died."""
+        """Print the verdict, once in the job: on rank 0, or on the last rank if it was rank 0 that died."""
         with self._lock:
             shown, self._printed = self._printed, True
-        speaker = 1 if (self.verdict or "").startswith("rank 0 ") else 0
+        speaker = self.world - 1 if (self.verdict or "").startswith("rank 0 ") else 0
         if not shown and self.rank == speaker:
             print(f"stopped: {self.verdict}", file=sys.stderr, flush=True)
+
+    def _pass_on(self) -> None:
+        """Before rank 0 ends: let all ranks know first, which only it can tell them."""
+        if self._hub is not None:
+            self._hub.over.wait(GRACE)
 
     def _open_hub(self) -> str:
         self._hub = _Hub(self.world)
         return f"{self._hub.port} {self._hub.token}"
+
+    def _leave_unless_done(self) -> None:
+        if not self._done.is_set():
+            self.leave()
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._socket is not None:
@@ -105,11 +117,14 @@ class Lookout:
             line = lines.readline()
         if self._done.is_set() or line.strip() == b"end":
             return
-        self.verdict = json.loads(line) if line else "rank 0 ended without a word (killed, or out of memory?)"
+        self.verdict = json.loads(line) if line else f"rank 0 {SILENT}"
         self._known.set()
+        leave = threading.Timer(GRACE, self._leave_unless_done)
+        leave.daemon = True
+        leave.start()
+        if self.verdict.endswith(SILENT):
+            self.show()
         self.on_failure(self.verdict)
-        if not self._done.wait(GRACE):
-            self.leave()
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -186,7 +201,7 @@ class _Hub:
         self.selector.unregister(peer)
         rank = self.ranks.pop(peer, None)
         if rank in self.missing:
-            self._announce(f"rank {rank} ended without a word (killed, or out of memory?)")
+            self._announce(f"rank {rank} {SILENT}")
         peer.close()
 
     def _announce(self, verdict: str) -> None:

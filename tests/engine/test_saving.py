@@ -124,6 +124,17 @@ def test_save_seconds_counts_from_the_last_save(
     clock.wait()
 
 
+def test_a_folder_has_one_writer(groups: Groups, tmp_path: Path) -> None:
+    process = dense_process(groups)
+    first, second = saver(process, tmp_path), saver(process, tmp_path)
+    with first.alone(), pytest.raises(TrainingError, match="another run is writing into --save"), second.alone():
+        pass
+    with second.alone():
+        second.save(Position(1, 1))
+        second.wait()
+    assert (tmp_path / "latest").exists()
+
+
 def test_nothing_of_a_run_depends_on_a_global_random_state(groups: Groups) -> None:
     """A checkpoint holds no generator: every draw is keyed by seed and step, and none is taken from torch's own."""
     process = dense_process(groups)
