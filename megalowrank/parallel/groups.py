@@ -114,7 +114,6 @@ def initialize_groups(config: ParallelConfig) -> Groups:
             tensor_model_parallel_size=sizes[0],
             pipeline_model_parallel_size=sizes[1],
             distributed_timeout_minutes=config.distributed_timeout_minutes,
-            create_gloo_process_groups=False,
         )
     data, tensor = parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
     pipe = parallel_state.get_pipeline_model_parallel_group()

@@ -199,6 +199,7 @@ def rewritten(process: Process, folder: Path, change: Any) -> None:
     """Save a checkpoint whose pieces went through ``change``."""
     state = {
         "attempts": 2,
+        "evaluated": 0,
         "updates": 2,
         "method_state": process.method.state_dict(),
         "run": run_json(VARIANTS["fifo"], process.method),

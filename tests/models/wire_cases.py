@@ -160,6 +160,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         with traffic:
             method.before_step(step, ctx)
             engine.train_step(batches, 1e-3)
+    gc.collect()
     with Peak() as peak:
         engine.train_step(batches, 1e-3)
     found = {
