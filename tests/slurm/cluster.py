@@ -23,6 +23,7 @@ from tests.harness import ROOT
 HOSTS = Path("/etc/hosts")
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 CPUS, MEMORY = 4, 4000
+SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))  # where daemons lie, in no user's path
 
 
 def unavailable() -> str:
@@ -31,7 +32,7 @@ def unavailable() -> str:
         return "SLURM daemons of one's own need root"
     if not os.access(HOSTS, os.W_OK):
         return "/etc/hosts cannot be written"
-    missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
+    missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SEARCHED)]
     if missing and not (shutil.which("apt-get") and install(missing)):
         return f"not installed: {' '.join(missing)}"
     return ""
@@ -80,7 +81,7 @@ class Cluster:
         self.tag = secrets.token_hex(3)
         self.nodes = [f"n{self.tag}x{number}" for number in range(1, size + 1)]
         self.first_job = 1000 + secrets.randbelow(60000)
-        self.env = dict(os.environ, SLURM_CONF=str(base / "slurm.conf"))
+        self.env = dict(os.environ, PATH=SEARCHED, SLURM_CONF=str(base / "slurm.conf"))
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # ------------------------------------------------------------ up and down
