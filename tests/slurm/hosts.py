@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.slurm.cluster import install, kill, wait_for
+from tests.slurm.cluster import SEARCHED, install, kill, wait_for
 
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}
 
@@ -17,7 +17,7 @@ def unavailable() -> str:
     """Why no hosts can be made here; empty if they can. Missing packages are installed where that is allowed."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
+    missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SEARCHED)]
     if missing and not (shutil.which("apt-get") and install(missing)):
         return f"not installed: {' '.join(missing)}"
     probe = f"probe{secrets.token_hex(3)}"
