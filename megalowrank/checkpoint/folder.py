@@ -18,6 +18,7 @@ RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
 
 
 def read_latest(root: Path) -> str:
+    """The name of the checkpoint that ``latest`` names; ConfigError if it is missing or damaged."""
     name = read_bytes(root / "latest").decode(errors="replace").strip()
     if not STEP.fullmatch(name):
         raise ConfigError(f"{root / 'latest'} is damaged: it does not name a checkpoint", repr(name[:40]))
@@ -32,6 +33,7 @@ def steps(root: Path) -> list[str]:
 
 
 def number(name: str) -> int:
+    """The step in the name of a checkpoint."""
     return int(name.removeprefix("step_"))
 
 
@@ -41,6 +43,7 @@ def in_order(names: Sequence[str], newest: int) -> list[str]:
 
 
 def check_file(folder: Path, file: object, size: object, digest: object | None) -> None:
+    """Raise ConfigError unless ``file`` is a rank's, of ``size`` bytes and, if given, this SHA-256."""
     if not isinstance(file, str) or not RANK_FILE.fullmatch(file):
         raise ConfigError(f"{folder / 'manifest.json'} names a file it must not", repr(file))
     path = folder / file
@@ -53,6 +56,7 @@ def check_file(folder: Path, file: object, size: object, digest: object | None) 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """A context in which ``path`` is read: what the system refuses is a ConfigError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -62,16 +66,19 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
+    """The content of a file; ConfigError if it cannot be read."""
     with readable(path):
         return path.read_bytes()
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file and have it on disk."""
     path.write_text(text, encoding="utf-8")
     fsync(path)
 
 
 def fsync(path: Path) -> None:
+    """Have a file or the entries of a folder on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,6 +87,7 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

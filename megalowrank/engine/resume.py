@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from megalowrank.checkpoint.io import Checkpoint, find_auto
 from megalowrank.checkpoint.pieces import Piece
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.checkpoint.weights import SavedWeights
-from megalowrank.checkpoint.write import save_checkpoint
 from megalowrank.config import ModelConfig, OutputConfig
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
@@ -55,15 +53,6 @@ class RunState:
     tensors: RunTensors
     groups: Groups
     run: dict[str, Any]
-
-    def saver(self, output: OutputConfig) -> Callable[[Position], None]:
-        """A function that writes a checkpoint at a position and returns when it is on disk; every rank calls it."""
-
-        def save(position: Position) -> None:
-            ranks = GroupRanks(self.groups.everyone, self.groups.rank, self.groups.world)
-            save_checkpoint(Path(output.save or "."), position.step, self.pieces(), self.record(position), ranks)
-
-        return save
 
     def pieces(self, copied: bool = False) -> list[Piece]:
         """The tensors of this rank as they are now; ``copied``: they stay so while training goes on."""

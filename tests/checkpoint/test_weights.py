@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megalowrank.checkpoint.weights import SavedWeights
-from megalowrank.config import ModelConfig, OutputConfig
+from megalowrank.config import ModelConfig
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.loop import Position
 from megalowrank.engine.optimizer import VectorClockAdamW
@@ -19,7 +19,7 @@ from megalowrank.methods.full_rank import FullRank, FullRankConfig
 from megalowrank.models.build import BuiltModel, build_llama
 from megalowrank.parallel.groups import initialize_single_process
 from tests.engine.equality_cases import MODEL, batch, build
-from tests.engine.resume_cases import Process
+from tests.engine.resume_cases import Process, save_now
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -42,7 +42,7 @@ def train_and_save(method_name: str, flags: dict[str, Any], low: bool, folder: P
     process.state.run["model"] = asdict(ModelConfig(**MODEL))
     process.state.run["method"] = method_name
     process.advance(0, 4)
-    process.state.saver(OutputConfig(save=str(folder)))(Position(4, 4))
+    save_now(process.state, folder, Position(4, 4))
     return model
 
 

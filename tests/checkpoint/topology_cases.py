@@ -32,6 +32,7 @@ from tests.engine.layout_cases import (
     padding,
     references,
 )  # fmt: skip
+from tests.engine.resume_cases import save_now
 
 CUT = STEPS - 20
 
@@ -55,7 +56,7 @@ def first_part(case: dict[str, Any], folder: Path) -> None:
     run = Divided.start(case)
     losses, norms, _ = run.train(case, 0, CUT)
     state = state_of(run, case)
-    state.saver(OutputConfig(save=str(folder)))(Position(CUT, CUT))
+    save_now(state, folder, Position(CUT, CUT))
     found = {"losses": losses, "norms": norms, "digest": digest(logical(state.tensors, run.groups.world))}
     if dist.get_rank() == 0:
         (folder / "first.json").write_text(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megalowrank.engine.engine import Engine
 from megalowrank.engine.loop import Position
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.resume import RunState
+from megalowrank.engine.saving import Saver
 from megalowrank.errors import ConfigError
 from megalowrank.methods import METHODS as REGISTRY
 from megalowrank.methods.base import Method
@@ -121,6 +123,11 @@ def output(folder: str, **more: Any) -> OutputConfig:
     return OutputConfig(save=folder, **more)
 
 
+def save_now(state: RunState, folder: str | Path, position: Position) -> None:
+    """Write a checkpoint and return when it is on disk. Every rank calls it."""
+    Saver(state, OutputConfig(save=str(folder), async_save=False), state.groups.everyone).save(position)
+
+
 def plain_run(case: dict[str, Any], groups: Groups) -> Run:
     process = Process.start(case, groups)
     process.advance(0, STEPS)
@@ -145,7 +152,7 @@ def broken_run(case: dict[str, Any], groups: Groups) -> tuple[Run, dict[str, lis
             break
         happened["frozen"].append(_frozen(process.model))
         saved = Position(cut, cut + number)
-        process.state.saver(output(case["folder"]))(saved)
+        save_now(process.state, case["folder"], saved)
         process.end()
         stage = case.get("stages", [case["stage"]] * (number + 1))[number]
         process = Process.start({**case, "stage": stage}, groups)
@@ -160,7 +167,7 @@ def broken_run(case: dict[str, Any], groups: Groups) -> tuple[Run, dict[str, lis
 def refusals(case: dict[str, Any], groups: Groups) -> str:
     """Save a run and load it into one with ``other`` flags; this rank's error."""
     process = Process.start(case, groups)
-    process.state.saver(output(case["folder"]))(Position(1, 1))
+    save_now(process.state, case["folder"], Position(1, 1))
     process.end()
     process = Process.start({**case, "flags": {**case["flags"], **case["other"]}}, groups)
     try:
@@ -204,6 +211,6 @@ def save_and_reload(cases: list[dict[str, Any]]) -> list[str]:
             position = process.state.load(output(case["folder"], load=case["load"]))
         else:
             process.advance(0, STEPS // 2)
-        process.state.saver(output(case["folder"]))(position)
+        save_now(process.state, case["folder"], position)
         process.end()
     return [case["folder"] for case in cases]

@@ -18,7 +18,7 @@ from megalowrank.engine.loop import Position
 from megalowrank.errors import ConfigError
 from megalowrank.parallel.groups import Groups, initialize_single_process
 from tests.engine.equality_cases import STEPS
-from tests.engine.resume_cases import VARIANTS, Process, dense_process, run_json
+from tests.engine.resume_cases import VARIANTS, Process, dense_process, run_json, save_now
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -185,7 +185,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Groups]:
 
 
 def save(process: Process, folder: Path, step: int) -> None:
-    process.state.saver(OutputConfig(save=str(folder)))(Position(step, step))
+    save_now(process.state, folder, Position(step, step))
 
 
 def refusal(process: Process, folder: Path) -> str:

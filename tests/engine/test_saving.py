@@ -17,7 +17,7 @@ from megalowrank.engine.loop import Position
 from megalowrank.engine.saving import Saver
 from megalowrank.errors import TrainingError
 from megalowrank.parallel.groups import Groups, initialize_single_process
-from tests.engine.resume_cases import Process, dense_process
+from tests.engine.resume_cases import Process, dense_process, save_now
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_step(
 ) -> None:
     process = dense_process(groups)
     process.advance(0, 3)
-    process.state.saver(OutputConfig(save=str(tmp_path / "at once")))(Position(3, 3))
+    save_now(process.state, tmp_path / "at once", Position(3, 3))
     gate = Gate(monkeypatch)
     background = saver(process, tmp_path / "later")
     background.save(Position(3, 3))
