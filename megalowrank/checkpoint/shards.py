@@ -4,6 +4,7 @@
 |-----------------------------|--------------------------------------|-------------------|
 | master, exp_avg, exp_avg_sq | every trained tensor                 | float32 (float64) |
 | weight, residual            | every frozen W, per logical matrix   | as trained        |
+| fixed                       | every factor without gradient        | as trained        |
 | clock                       | births of the vectors of a factor    | int64 [r]         |
 | pool                        | candidates of a factor               | as master         |
 
@@ -23,7 +24,7 @@ import torch
 from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import DTYPES, Box, Flat, Piece, box_numel
 from megalowrank.errors import ConfigError
-from megalowrank.lowrank.factors import folded_weights
+from megalowrank.lowrank.factors import FixedFactor, folded_weights, frozen_tensors
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.state import FlatPartition, OptimizerStateView
 from megalowrank.methods.base import Method, SavedTensor
@@ -76,7 +77,8 @@ class RunTensors:
         """What this rank writes; of a tensor that several ranks hold, the first one writes it."""
         first = self.groups.data_rank == 0
         parts = [part for part in self._optimizer_parts() if self.state.masters_sharded or first]
-        parts += [part for part, whole in self._weight_parts() if first or not whole]
+        held = (*self._weight_parts(), *self._fixed_parts())
+        parts += [part for part, whole in held if first or not whole]
         found = [_piece(part) for part in parts if self._writes(part.tensor)]
         for saved in self.method.saved_tensors():
             if saved.rows.numel() and (saved.columns.padded < saved.columns.size or self.groups.tensor_rank == 0):
@@ -95,9 +97,12 @@ class RunTensors:
         }
         found.update({name: (births.shape, torch.int64) for name, births in self._clocks()})
         frozen = {id(folded.parameter): folded for folded in self._folded()}
+        fixed = {id(factor.parameter) for factor in self._fixed()}
         for tensor in self.model.tensors:
             folded = frozen.get(id(tensor.parameter))
-            if folded is None:
+            if id(tensor.parameter) in fixed:
+                found[f"fixed/{tensor.name}"] = tensor.shape, tensor.parameter.dtype
+            elif folded is None:
                 found.update({f"{kind}/{tensor.name}": (tensor.shape, self.state.dtype) for kind in MOMENTS})
             else:
                 found[f"weight/{tensor.name}"] = tensor.shape, tensor.parameter.dtype
@@ -113,10 +118,10 @@ class RunTensors:
         check_tensors(checkpoint, self._expected_of_all_stages())
         for part in self._optimizer_parts():
             part.fill(checkpoint.read(part.name, part.box, part.flat))
-        for part, _ in self._weight_parts():
+        for part, _ in (*self._weight_parts(), *self._fixed_parts()):
             part.fill(checkpoint.read(part.name, part.box, part.flat))
-        for folded in self._folded():
-            folded.update_mirror()
+        for frozen in frozen_tensors(self.model.layers):
+            frozen.locate().update_mirror()
         for saved in self.method.saved_tensors():
             if saved.rows.numel():
                 values = checkpoint.read(f"pool/{saved.name}", _pool_box(saved))
@@ -143,12 +148,23 @@ class RunTensors:
     def _folded(self) -> list[FoldedWeight]:
         return folded_weights(self.model.layers)
 
+    def _fixed(self) -> list[FixedFactor]:
+        return [fixed for layer in self.model.layers for fixed in layer.fixed]
+
     def _clocks(self) -> Iterator[tuple[str, np.ndarray]]:
         clocks = self.state.clocks
         for j, layer in enumerate(self.model.layers):
             for side, factor in enumerate("AB"):
                 first = int(clocks.first[2 * j + side])
                 yield f"clock/{layer.name}.{factor}", clocks.births[first : first + layer.rank].copy()
+
+    def _fixed_parts(self) -> Iterator[tuple[Part, bool]]:
+        """As ``_weight_parts``, of factors without gradient."""
+        for fixed in self._fixed():
+            piece = fixed.locate()
+            whole = piece.flat.numel() == fixed.rank * fixed.length.padded
+            for tensor in self._by_parameter[id(fixed.parameter)]:
+                yield from ((part, whole) for part in _overlap("fixed", tensor, piece.flat, piece.start))
 
     def _optimizer_parts(self) -> Iterator[Part]:
         for partition in self.state.partitions:

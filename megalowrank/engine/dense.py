@@ -14,13 +14,16 @@ from megalowrank.engine.arena import flatten_in_place, whole_partition
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.lowrank.factors import LowRankFactors, factor_parameters
+from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView, Spread
 
 
 def flat_forward_copy(factors: Sequence[torch.nn.Parameter], flat: torch.Tensor) -> FlatForwardCopy:
     """The forward copies of ``factors``, which are views of ``flat``."""
     base = flat.storage_offset()
-    offsets = np.array([p.data.storage_offset() - base for p in factors], dtype=np.int64)
+    found = [p.data.storage_offset() - base if p.requires_grad else -1 for p in factors]
+    offsets = np.array(found, dtype=np.int64)
     return FlatForwardCopy(flat, offsets)
 
 
@@ -81,6 +84,11 @@ class DenseEngine:
         self.module.eval()
         losses = [self.module(batch) for batch in micro_batches]
         return torch.stack(losses).double().mean()
+
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """See ``Engine``."""
+        self.module.train()
+        return probe_gradients(self.module, micro_batches, weights, take)
 
     def end_evaluation(self) -> None:
         """Nothing is gathered."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.probe import Take
 from megalowrank.lowrank.state import OptimizerStateView
 
 
@@ -37,6 +39,14 @@ class Engine(Protocol):
         """Mean loss of micro-batches [b, S + 1] without gradients, a scalar on this rank.
 
         Averaged over data-parallel ranks, by the caller, it is that of all; a pipeline has done so already.
+        """
+
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """Give the full gradients of frozen ``weights`` of this rank to ``take(i, gradient)``, see ``Probe``.
+
+        Each is the mean over ``micro_batches`` [b, S + 1] of this rank; gradients, optimizer, schedule and random
+        generators stay as they were. Stages of a pipeline may ask for different numbers of weights. Returns the bytes
+        of gradients held at the peak.
         """
 
     def end_evaluation(self) -> None:

@@ -107,6 +107,7 @@ class Loop:
             self.beat(f"the beginning of update {step + 1}")
             self.requests.ask()
             with self.instruments.update(step):
+                self.ctx.micro_batches = self.batches.take(self.position.attempts)
                 self._announce(step)
                 result = self._update(step)
             asked = self.requests.answer()
@@ -170,9 +171,8 @@ class Loop:
 
     def _update(self, step: int) -> StepResult:
         """One attempt; a skipped one takes its batch with it and counts against the budget."""
-        batches = self.batches.take(self.position.attempts)
         lr = learning_rate(step, self.lr, self.train) * self.method.lr_scale(step)
-        result = self.engine.train_step(batches, lr)
+        result = self.engine.train_step(self.ctx.micro_batches, lr)
         self._lr = lr
         self.position.attempts += 1
         if result.applied:

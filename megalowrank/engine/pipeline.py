@@ -21,6 +21,8 @@ from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.zero import bind_state, complete_partial_gradients
 from megalowrank.lowrank.factors import LowRankFactors
+from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.probe import Probe, Take
 from megalowrank.models.transformer import Transformer
 from megalowrank.parallel.groups import Groups
 
@@ -120,6 +122,14 @@ class PipelineEngine:
         """Mean loss of micro-batches over data-parallel ranks, on every stage."""
         count = len(micro_batches)
         return self.deepspeed.eval_batch(self._pairs(micro_batches), num_micro_batches=count).reshape(())
+
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """See ``Engine``; all micro-batches go through the stages as in a step."""
+        self.deepspeed.module.train()
+        self.deepspeed.set_dataiterator(self._pairs(micro_batches))
+        with Probe(weights, len(micro_batches), take) as probe, torch.enable_grad():
+            zero_state.probe_pipeline(self.deepspeed, len(micro_batches), probe)
+        return probe.peak
 
     def _pairs(self, micro_batches: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
         """Inputs and labels [B, S], for the stages that load them.

@@ -128,7 +128,7 @@ def context_of(
     train, allocate = resolved.train, host_allocator(resolved.pin_host_memory)
     return Context(
         model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
-        train.lr_restart_offset,
+        train.lr_restart_offset, engine,
     )  # fmt: skip
 
 

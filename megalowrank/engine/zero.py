@@ -15,8 +15,10 @@ from megalowrank.engine import zero_state
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.partial import NormOverRanks, PartialGradients
-from megalowrank.lowrank.factors import LowRankFactors, factor_parameters, factor_places, folded_weights
+from megalowrank.lowrank.factors import LowRankFactors, factor_parameters, factor_places, frozen_tensors
+from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.pool import HostAllocator
+from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.lowrank.state import OptimizerStateView, Spread
 from megalowrank.parallel.collectives import mean_over
 from megalowrank.parallel.groups import Groups, ModelParallelUnit
@@ -57,8 +59,8 @@ def bind_state(
     layout = zero_state.zero_layout(engine, factors)
     spread = Spread(factor_places(layers, groups.tensor_rank), groups.tensor, groups.pipe)
     state = OptimizerStateView(factors, layout.partitions, layout.forward, groups.data, layout.masters_sharded, spread)
-    for folded in folded_weights(layers):
-        folded.bind(zero_state.weight_locator(folded.parameter))
+    for frozen in frozen_tensors(layers):
+        frozen.bind(zero_state.weight_locator(frozen.parameter))
     optimizer.bind(layout.partitions, state.clocks, factors)
     return layout, state
 
@@ -124,6 +126,14 @@ class ZeroEngine:
         self.deepspeed.eval()
         losses = [self.deepspeed(batch.to(self.device, non_blocking=True)) for batch in micro_batches]
         return torch.stack(losses).double().mean()
+
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """See ``Engine``. It goes round DeepSpeed's own forward pass, whose hooks would begin a reduction."""
+        self.deepspeed.train()
+        batches = [batch.to(self.device, non_blocking=True) for batch in micro_batches]
+        peak = probe_gradients(self.module, batches, weights, take)
+        zero_state.release_gathered(self.deepspeed)
+        return peak
 
     def end_evaluation(self) -> None:
         """Give back what the forward passes of an evaluation gathered."""

@@ -12,18 +12,20 @@ Pinned to deepspeed 0.19.8; ``tests/engine/test_equality.py`` is the canary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups as deepspeed_groups
 
 from megalowrank.engine.arena import flatten_in_place, whole_partition
 from megalowrank.lowrank.fold import WeightPiece
+from megalowrank.lowrank.probe import Probe
 from megalowrank.lowrank.state import FlatForwardCopy, FlatPartition, ForwardCopy, Fragment
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
 
@@ -82,6 +84,44 @@ def release_gathered(engine: Any) -> None:
 def is_sharded(parameter: torch.nn.Parameter) -> bool:
     """Whether the engine cuts the parameter itself (ZeRO-3)."""
     return hasattr(parameter, "ds_tensor")
+
+
+class _ProbeSchedule(schedule.TrainSchedule):
+    """The order of a training step without its end."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        ends = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+        for commands in super().steps():
+            yield [command for command in commands if not isinstance(command, ends)]
+
+
+def probe_pipeline(engine: Any, micro_batches: int, probe: Probe) -> None:
+    """Forward and backward of a pipeline engine's next ``micro_batches``, of which only ``probe`` learns.
+
+    Every stage calls it; DeepSpeed's schedule and communication, without its hooks and gradients.
+    """
+
+    def forward(pipe: Any, buffer_id: int) -> None:
+        outputs = pipe.module(pipe.pipe_buffers["inputs"][buffer_id])
+        pipe.pipe_buffers["outputs"][buffer_id] = outputs
+        if pipe.is_last_stage():
+            pipe.loss = pipe.module.loss_fn(outputs, pipe.pipe_buffers["labels"][buffer_id])
+
+    def backward(pipe: Any, buffer_id: int) -> None:
+        last, inputs = pipe.is_last_stage(), pipe.pipe_buffers["inputs"][buffer_id]
+        received = [] if pipe.is_first_stage() else [inputs]
+        outputs = pipe.loss if last else pipe.pipe_buffers["outputs"][buffer_id]
+        if probe.anchors or received:
+            found = torch.autograd.grad(outputs, [*probe.anchors, *received], None if last else pipe.grad_layer)
+            inputs.grad = found[-1] if received else None
+        pipe.pipe_buffers["outputs"][buffer_id] = None
+
+    own = {schedule.ForwardPass: forward, schedule.BackwardPass: backward}
+    engine._INSTRUCTION_MAP = {**type(engine)._INSTRUCTION_MAP, **own}
+    try:
+        engine._exec_schedule(_ProbeSchedule(micro_batches, engine.num_stages, engine.stage_id))
+    finally:
+        del engine._INSTRUCTION_MAP
 
 
 def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
@@ -157,8 +197,9 @@ def _stage_3(zero: Any, factors: Factors) -> ZeroLayout:
 
 def _flat_copy(factors: Factors, flat: torch.Tensor) -> FlatForwardCopy:
     size = flat.element_size()
-    offsets = [(p.data.data_ptr() - flat.data_ptr()) // size for p in factors]
-    if any(offset < 0 or offset + p.numel() > flat.numel() for offset, p in zip(offsets, factors, strict=True)):
+    offsets = [(p.data.data_ptr() - flat.data_ptr()) // size if p.requires_grad else -1 for p in factors]
+    trained = [(offset, p) for offset, p in zip(offsets, factors, strict=True) if p.requires_grad]
+    if any(offset < 0 or offset + p.numel() > flat.numel() for offset, p in trained):
         raise RuntimeError("DeepSpeed put the factors into more than one flat group; pinned version is 0.19.8")
     return FlatForwardCopy(flat.data, np.array(offsets, dtype=np.int64))
 

@@ -13,16 +13,32 @@ from typing import Protocol
 
 import torch
 
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import FoldedWeight, FrozenTensor
 from megalowrank.parallel.partition import Share, share
+
+
+def projects_rows(out_features: int, in_features: int) -> bool:
+    """Whether the projector of a logical matrix of these sizes is of its row space (A), else of its columns (B)."""
+    return out_features >= in_features
 
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """What a method wants of an adapted linear: rank r and scale s of every logical matrix."""
+    """What a method wants of an adapted linear: rank r and scale s of every logical matrix.
+
+    ``projector``: the factor on the narrower side of W has no gradient: A where W has at least as many rows as
+    columns, else B. ``snapshot``: s · B' A' x is subtracted, with a second pair of factors that has no gradient.
+    """
 
     rank: int
     scale: float
+    projector: bool = False
+    snapshot: bool = False
+
+    def trained(self, out_features: int, in_features: int) -> tuple[bool, bool]:
+        """Whether A and B of a logical matrix of these sizes have gradients."""
+        right = projects_rows(out_features, in_features)
+        return (not self.projector or not right), (not self.projector or right)
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,17 @@ class LogicalMatrix(Protocol):
         """Columns of W."""
 
 
+class FixedFactor(FrozenTensor):
+    """A factor without gradient [r, length] that a method may overwrite; ``length`` is this rank's share of a vector.
+
+    Read and written through ``OptimizerStateView``, wherever an engine stores it.
+    """
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter, length: Share) -> None:
+        super().__init__(parameter)
+        self.name, self.length, self.rank = name, length, parameter.shape[0]
+
+
 class RowGate:
     """A gradient mask of a factor: rows in ``frozen`` get no gradient.
 
@@ -68,7 +95,8 @@ class RowGate:
 
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         self.frozen: list[tuple[int, int]] = []
-        parameter.register_hook(self._mask)
+        if parameter.requires_grad:
+            parameter.register_hook(self._mask)
 
     def _mask(self, gradient: torch.Tensor) -> torch.Tensor:
         if not self.frozen:
@@ -85,6 +113,7 @@ class LowRankFactors:
     ``index`` is the global number of the matrix in the model, independent of the layout. ``rank``, ``in_features``
     and ``out_features`` are those of the logical matrix; ``columns`` and ``rows`` say which part of it this rank
     holds (default: all of it): vectors of A have ``columns.padded`` elements here, those of Bᵀ ``rows.padded``.
+    ``fixed`` are the factors without gradient: the projector (A or Bᵀ itself), or the snapshots of A and Bᵀ.
     """
 
     def __init__(
@@ -104,6 +133,8 @@ class LowRankFactors:
         self.rows, self.columns = rows or share(Bt.shape[1]), columns or share(A.shape[1])
         self.rank, self.in_features, self.out_features = A.shape[0], self.columns.size, self.rows.size
         self.gate_A, self.gate_Bt = RowGate(A), RowGate(Bt)
+        pairs = (("A", A, self.columns), ("B", Bt, self.rows))
+        self.fixed = [FixedFactor(side, factor, size) for side, factor, size in pairs if not factor.requires_grad]
 
     def fold(self, u_KM: torch.Tensor, v_KN: torch.Tensor) -> None:
         """W += s · u_KMᵀ v_KN on this rank's part of W, without communication.
@@ -134,3 +165,8 @@ def factor_places(layers: Sequence[LowRankFactors], tensor_rank: int = 0) -> lis
 def folded_weights(layers: Sequence[LowRankFactors]) -> list[FoldedWeight]:
     """The frozen weights under ``layers``, each once; the matrices of a fused projection share one."""
     return list({id(layer.weight): layer.weight for layer in layers}.values())
+
+
+def frozen_tensors(layers: Sequence[LowRankFactors]) -> list[FrozenTensor]:
+    """Everything without gradient that belongs to ``layers``: their weights and their fixed factors."""
+    return [*folded_weights(layers), *(fixed for layer in layers for fixed in layer.fixed)]

@@ -39,26 +39,61 @@ def join_residual(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 class WeightPiece:
     """Elements [start, start + flat.numel()) of the row-major W, as this rank stores them.
 
-    ``mirror`` is (tensor, first element of it in ``flat``): a second copy that follows every fold.
+    ``mirror`` is (tensor, first element of it in ``flat``): a second copy that follows every change.
     """
 
     flat: torch.Tensor
     start: int
     mirror: tuple[torch.Tensor, int] | None = None
 
+    def update_mirror(self) -> None:
+        """Bring the second copy, if there is one, in line with the first."""
+        if self.mirror is not None:
+            copy, offset = self.mirror
+            copy.copy_(self.flat[offset : offset + copy.numel()])
 
-class FoldedWeight:
-    """A frozen base weight [out, in] that folds change.
 
-    ``residual`` is created from the float32 weight before any engine casts it; ``bind`` then says
-    where the engine keeps the weight. Until then it lies whole in the parameter.
+class FrozenTensor:
+    """A parameter without gradient that is overwritten between steps, wherever an engine stores it.
+
+    ``locate`` is asked before every change and always answers with the same elements. Until an engine has bound it the
+    tensor lies whole in the parameter.
     """
 
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         self.parameter = parameter
+        self.locate: Callable[[], WeightPiece] = lambda: WeightPiece(parameter.data.view(-1), 0)
+
+    def bind(self, locate: Callable[[], WeightPiece]) -> None:
+        """Say where this rank stores it, after the engine has cast, moved or sharded it."""
+        self.locate = locate
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Asks for the gradient of a frozen W: the backward pass of the linear gives it to ``take`` [out, in], in parts.
+
+    Once per backward pass that reaches ``anchor``, a scalar that the linear pretends to depend on; called between
+    forward and backward passes of other linears, so that ``take`` may communicate if all ranks do so alike.
+    """
+
+    anchor: torch.Tensor
+    take: Callable[[torch.Tensor], None]
+
+
+class FoldedWeight(FrozenTensor):
+    """A frozen base weight [out, in] that folds change.
+
+    ``residual`` is created from the float32 weight before any engine casts it; ``bind`` then says
+    where the engine keeps the weight. Until then it lies whole in the parameter. ``tap`` is read by the linear
+    at every forward pass.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        super().__init__(parameter)
         self.out_features, self.in_features = parameter.shape
         self.residual: torch.Tensor | None = None
-        self.locate: Callable[[], WeightPiece] = lambda: WeightPiece(parameter.data.view(-1), 0)
+        self.tap: Tap | None = None
 
     def keep_residual(self, dtype: torch.dtype | None) -> None:
         """Round W to bfloat16 values and keep what the rounding cut, if ``dtype`` says so."""
@@ -69,11 +104,8 @@ class FoldedWeight:
         self.residual = low.view(-1)
 
     def bind(self, locate: Callable[[], WeightPiece]) -> None:
-        """Say where this rank stores W, after the engine has cast, moved or sharded it.
-
-        ``locate`` is asked at every fold and always answers with the same elements.
-        """
-        self.locate = locate
+        """As ``FrozenTensor``; of the residual only what belongs to the stored elements is kept."""
+        super().bind(locate)
         piece = locate()
         if self.residual is not None:
             own = self.residual[piece.start : piece.start + piece.flat.numel()]
@@ -94,15 +126,7 @@ class FoldedWeight:
             rows.addmm_(u_KM.t(), v_KN, alpha=scale)
         else:
             self._add_piece(piece, row_start, u_KM, v_KN, scale)
-        if piece.mirror is not None:
-            self.update_mirror()
-
-    def update_mirror(self) -> None:
-        """Bring the second copy of W, if there is one, in line with the first."""
-        piece = self.locate()
-        if piece.mirror is not None:
-            copy, offset = piece.mirror
-            copy.copy_(piece.flat[offset : offset + copy.numel()])
+        piece.update_mirror()
 
     def _add_piece(
         self, piece: WeightPiece, row_start: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float

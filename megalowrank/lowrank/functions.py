@@ -23,16 +23,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megalowrank.lowrank.fold import Tap
 from megalowrank.parallel.mappings import gather_rows, reduce_rows, splits_sequence, start_gather, start_reduce
 from megalowrank.parallel.wire import Wire
 
 Gradients = tuple[torch.Tensor | None, ...]
+_FACTORS = 7  # inputs of the products before A_1
 
 
 class LowRankColumnFunction(torch.autograd.Function):
     """The column-parallel product with W frozen.
 
-    Called as apply(x, W, bias, scale, wire, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is split like W.
+    Called as apply(x, W, bias, scale, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is split like W.
     """
 
     @staticmethod
@@ -43,6 +45,8 @@ class LowRankColumnFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         scale: float,
         wire: Wire,
+        tap: Tap | None,
+        anchor: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         A, Bt = _halves(factors)
@@ -59,7 +63,7 @@ class LowRankColumnFunction(torch.autograd.Function):
         y_NO = F.linear(x_NI, W, bias)
         _widen(y_NO, u_NR, Bt)
         ctx.save_for_backward(kept_NI, W, u_NR, *factors)
-        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias = scale, wire, x.shape, bias is not None
+        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = scale, wire, x.shape, bias is not None, tap
         return y_NO.view(*_gathered(x.shape, wire), W.shape[0])
 
     @staticmethod
@@ -74,24 +78,25 @@ class LowRankColumnFunction(torch.autograd.Function):
                 torch.mm(dy_NO, W, out=both.left)
             _narrow_gradient(dy_NO, Bt, ctx.scale, both.right)
             pending = start_reduce(both.buffer, ctx.wire)
-            grad_B, grad_bias = _gradients_B(u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
+            grad_B, grad_bias = _gradients_B(ctx, u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
             dx_NI, du_NR = both.parts(pending.wait())
-            grad_A = _gradients_A(du_NR, x_NI, A)
+            grad_A = _gradients_A(ctx, du_NR, x_NI, A)
             grad_x = _add_narrow(dx_NI, du_NR, A).view(ctx.shape) if needs_x else None
+            x_NI = gather_rows(x_NI, ctx.wire) if ctx.tap is not None else x_NI
         else:
             du_NR = _narrow_gradient(dy_NO, Bt, ctx.scale, torch.empty_like(u_NR))
             reduced = start_reduce(_add_narrow(dy_NO @ W, du_NR, A), ctx.wire) if needs_x else None
-            grad_A, grad_B = _gradients_A(du_NR, x_NI, A), _gradients_B(u_NR, dy_NO, Bt)
+            grad_A, grad_B = _gradients_A(ctx, du_NR, x_NI, A), _gradients_B(ctx, u_NR, dy_NO, Bt)
             grad_bias = _gradient_bias(ctx, dy_NO)
             grad_x = None if reduced is None else reduced.wait().view(ctx.shape)
-        return grad_x, None, grad_bias, None, None, *grad_A, *grad_B
+        return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
 
 
 class LowRankRowFunction(torch.autograd.Function):
     """The row-parallel product with W frozen.
 
-    Called as apply(x, W, bias, scale, wire, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is replicated and added once,
-    to the sum over ranks.
+    Called as apply(x, W, bias, scale, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is replicated and
+    added once, to the sum over ranks.
     """
 
     @staticmethod
@@ -102,6 +107,8 @@ class LowRankRowFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         scale: float,
         wire: Wire,
+        tap: Tap | None,
+        anchor: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         A, Bt = _halves(factors)
@@ -121,7 +128,7 @@ class LowRankRowFunction(torch.autograd.Function):
         if bias is not None and wire.size > 1:
             y_NO.add_(bias)
         ctx.save_for_backward(x_NI, W, u_NR, *factors)
-        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias = scale, wire, x.shape, bias is not None
+        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = scale, wire, x.shape, bias is not None, tap
         return y_NO.view(*_scattered(x.shape, wire), W.shape[0])
 
     @staticmethod
@@ -134,16 +141,17 @@ class LowRankRowFunction(torch.autograd.Function):
             both.left.copy_(dy_NO)
             _narrow_gradient(dy_NO, Bt, ctx.scale, both.right)
             pending = start_gather(both.buffer, ctx.wire)
-            grad_B, grad_bias = _gradients_B(u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
+            grad_B, grad_bias = _gradients_B(ctx, u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
             dy_NO, du_NR = both.parts(pending.wait())
         else:
             pending = start_gather(dy_NO, ctx.wire)
             grad_bias = _gradient_bias(ctx, dy_NO)
             dy_NO = pending.wait()
             du_NR = _narrow_gradient(dy_NO, Bt, ctx.scale, torch.empty_like(u_NR))
-            grad_B = _gradients_B(u_NR, dy_NO, Bt)
+            grad_B = _gradients_B(ctx, u_NR, dy_NO, Bt)
         grad_x = _add_narrow(dy_NO @ W, du_NR, A).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grad_bias, None, None, *_gradients_A(du_NR, x_NI, A), *grad_B
+        grad_A = _gradients_A(ctx, du_NR, x_NI, A)
+        return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
 
 
 class ColumnFunction(torch.autograd.Function):
@@ -267,12 +275,27 @@ def _add_narrow(dx_NI: torch.Tensor, du_NR: torch.Tensor, A: Sequence[torch.Tens
     return dx_NI.addmm_(du_NR, _stack(A)) if dx_NI.is_contiguous() else torch.addmm(dx_NI, du_NR, _stack(A))
 
 
-def _gradients_A(du_NR: torch.Tensor, x_NI: torch.Tensor, A: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return (du_NR.t() @ x_NI).split([a.shape[0] for a in A])
+def _gradients_A(ctx: Any, du_NR: torch.Tensor, x_NI: torch.Tensor, A: Sequence[torch.Tensor]) -> Gradients:
+    """One product for all matrices where all are trained, else one for each that is."""
+    needed, ranks = ctx.needs_input_grad[_FACTORS : _FACTORS + len(A)], [a.shape[0] for a in A]
+    if all(needed):
+        return (du_NR.t() @ x_NI).split(ranks)
+    parts = zip(du_NR.split(ranks, 1), needed, strict=True)
+    return tuple(du.t() @ x_NI if wanted else None for du, wanted in parts)
 
 
-def _gradients_B(u_NR: torch.Tensor, dy_NO: torch.Tensor, Bt: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [u_NR[:, narrow].t() @ dy_NO[:, wide] for narrow, wide, _ in _blocks(Bt)]
+def _gradients_B(ctx: Any, u_NR: torch.Tensor, dy_NO: torch.Tensor, Bt: Sequence[torch.Tensor]) -> Gradients:
+    needed = ctx.needs_input_grad[_FACTORS + len(Bt) :]
+    parts = zip(_blocks(Bt), needed, strict=True)
+    return tuple(u_NR[:, narrow].t() @ dy_NO[:, wide] if wanted else None for (narrow, wide, _), wanted in parts)
+
+
+def _tapped(ctx: Any, dy_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor | None:
+    """Hand out the gradient of W if it is asked for; what the anchor gets is nothing."""
+    if ctx.tap is None:
+        return None
+    ctx.tap.take(dy_NO.t() @ x_NI)
+    return dy_NO.new_zeros(())
 
 
 def _gradient_bias(ctx: Any, dy_NO: torch.Tensor) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec
+from megalowrank.lowrank.factors import FixedFactor, LowRankFactors, LowRankSpec
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.functions import ColumnFunction, LowRankColumnFunction, LowRankRowFunction, RowFunction
 from megalowrank.parallel.mappings import splits_sequence
@@ -42,6 +42,8 @@ class _Adapted(torch.nn.Module):
     columns: Share
     wire: Wire
     scale: float
+    folded: FoldedWeight
+    snapshot: bool
     factors: list[LowRankFactors]
 
     def _adopt(self, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire) -> None:
@@ -63,21 +65,44 @@ class _Adapted(torch.nn.Module):
             raise ValueError("factors need the weight that they adapt")
         self.weight.requires_grad_(False)
         self.scale = lowrank.scale
-        folded, row = FoldedWeight(self.weight), 0
+        self.folded, row = FoldedWeight(self.weight), 0
         for name, rows in self.blocks:
-            A = self._new_factor(f"A_{name}", lowrank.rank, self.columns.padded)
-            Bt = self._new_factor(f"B_{name}", lowrank.rank, rows.padded)
+            train_A, train_B = lowrank.trained(rows.size, self.columns.size)
+            A = self._new_factor(f"A_{name}", lowrank.rank, self.columns.padded, train_A)
+            Bt = self._new_factor(f"B_{name}", lowrank.rank, rows.padded, train_B)
             divided, replicated = (Bt, A) if self.split == 0 else (A, Bt)
             _mark_split(divided, 1)
             if self.wire.size > 1 and (self.wire.sequence or not self.wire.ride):
                 mark_partial(replicated)
-            self.factors.append(LowRankFactors(name, A, Bt, folded, row, lowrank.scale, rows, self.columns))
+            factors = LowRankFactors(name, A, Bt, self.folded, row, lowrank.scale, rows, self.columns)
+            if lowrank.snapshot:
+                factors.fixed += self._new_snapshot(name, lowrank.rank, rows)
+            self.factors.append(factors)
             row += rows.padded
+        self.snapshot = lowrank.snapshot
 
-    def _new_factor(self, name: str, rank: int, length: int) -> torch.nn.Parameter:
-        parameter = torch.nn.Parameter(torch.zeros(rank, length, dtype=self.weight.dtype))
+    def _new_factor(self, name: str, rank: int, length: int, trained: bool = True) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(torch.zeros(rank, length, dtype=self.weight.dtype), requires_grad=trained)
         self.register_parameter(name, parameter)
         return parameter
+
+    def _new_snapshot(self, name: str, rank: int, rows: Share) -> list[FixedFactor]:
+        """A' and B'ᵀ of a matrix."""
+        found = []
+        for side, length in (("A", self.columns), ("B", rows)):
+            parameter = self._new_factor(f"{side}_{name}_snapshot", rank, length.padded, trained=False)
+            if (side == "B") == (self.split == 0):
+                _mark_split(parameter, 1)
+            found.append(FixedFactor(f"{side}_snapshot", parameter, length))
+        return found
+
+    def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and Bᵀ of a matrix as the product sees them: [r, in] and [r, out], or [2r, ..] with the snapshots."""
+        A, Bt = getattr(self, f"A_{name}"), getattr(self, f"B_{name}")
+        if not self.snapshot:
+            return A, Bt
+        old_A, old_Bt = getattr(self, f"A_{name}_snapshot"), getattr(self, f"B_{name}_snapshot")
+        return torch.cat((A, old_A)), torch.cat((Bt, -old_Bt))
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [.., in] -> (y [.., out], bias if it is left to the caller), each this rank's part; every rank calls it.
@@ -87,9 +112,10 @@ class _Adapted(torch.nn.Module):
         """
         bias = None if self.skip_bias_add else self.bias
         if self.factors:
-            A = [getattr(self, f"A_{name}") for name, _ in self.blocks]
-            Bt = [getattr(self, f"B_{name}") for name, _ in self.blocks]
-            y = self.adapted_function.apply(input_, self.weight, bias, self.scale, self.wire, *A, *Bt)
+            A, Bt = zip(*(self._pair(name) for name, _ in self.blocks), strict=True)
+            tap = self.folded.tap
+            anchor = None if tap is None else tap.anchor
+            y = self.adapted_function.apply(input_, self.weight, bias, self.scale, self.wire, tap, anchor, *A, *Bt)
         elif self.wire.size == 1:
             y = F.linear(input_, self.weight, bias)
         else:

@@ -2,8 +2,8 @@
 
 ``OptimizerStateView`` is the only way a method reaches masters, moments, clocks and forward copies.
 It works on *partitions*: flat 1-D tensors that hold this rank's part of the fp32 masters and moments
-of many parameters, whatever cut them (ZeRO 1 to 3, or nothing). No moment and no full weight is ever
-gathered; reading a few vectors costs one small all-reduce.
+of many parameters, whatever cut them (ZeRO 1 to 3, or nothing). No full weight is ever gathered, and of moments
+only those of one factor at a time, by ``rotate``; reading a few vectors costs one small all-reduce.
 
 Shapes: a packed tensor is 1-D, the values of a ``VectorSet`` one after the other.
 """
@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megalowrank.lowrank.factors import FactorPlace
+from megalowrank.lowrank.factors import FactorPlace, FixedFactor, LowRankFactors
+from megalowrank.lowrank.subspace import SubspaceSearch
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
 from megalowrank.parallel.collectives import group_size, sum_over
-from megalowrank.parallel.partition import share
+from megalowrank.parallel.partition import Share, share
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ class FlatForwardCopy:
 class OptimizerStateView:
     """The verbs of a method on sharded optimizer state.
 
-    Every rank of the data-parallel group calls every verb with the same vectors; only ``read`` and the sums
-    communicate. ``factors`` lists A and Bᵀ of this rank's matrix 0, A and Bᵀ of matrix 1, …; a vector is what this
-    rank holds of it, and ``places`` says where that belongs in the model.
+    Every rank of the data-parallel group calls every verb with the same vectors; only the reads, ``rotate`` and the
+    sums communicate. ``factors`` lists A and Bᵀ of this rank's matrix 0, A and Bᵀ of matrix 1, …; a vector is what this
+    rank holds of it, and ``places`` says where that belongs in the model. Of a factor without gradient there are no
+    vectors here, but ``read_fixed`` and ``write_fixed``.
     """
 
     def __init__(
@@ -153,7 +155,8 @@ class OptimizerStateView:
         self.places: Sequence[FactorPlace] = everything if self._spread.places is None else self._spread.places
         self.clocks = Clocks(np.array([shape[0] for shape in self.shapes], dtype=np.int64))
         self._windows = [_windows(partition, factors) for partition in partitions]
-        full = np.array([shape[0] * shape[1] for shape in self.shapes], dtype=np.int64)
+        trained = np.array([p.requires_grad for p in factors], dtype=bool)
+        full = np.array([shape[0] * shape[1] for shape in self.shapes], dtype=np.int64) * trained
         self._whole = [np.array_equal(sizes, full) for _, _, sizes in self._windows]
         self._alone = group_size(group) == 1
         flat = forward.flat if isinstance(forward, FlatForwardCopy) else None
@@ -208,6 +211,41 @@ class OptimizerStateView:
         if not self._one_copy:
             self.forward.write(vectors, packed)
 
+    def read_fixed(self, fixed: FixedFactor) -> torch.Tensor:
+        """A factor without gradient [r, length] as the forward pass sees it, in the precision of the masters.
+
+        One all-reduce where it is sharded.
+        """
+        piece, numel = fixed.locate(), fixed.rank * fixed.length.padded
+        flat = piece.flat
+        if flat.numel() != numel:
+            flat = torch.zeros(numel, dtype=piece.flat.dtype, device=piece.flat.device)
+            flat[piece.start : piece.start + piece.flat.numel()] = piece.flat
+            sum_over(flat, self.group)
+        return flat.to(self.device, self.dtype, copy=True).view(fixed.rank, -1)
+
+    def write_fixed(self, fixed: FixedFactor, values: torch.Tensor) -> None:
+        """Overwrite a factor without gradient with ``values`` [r, length] wherever this rank holds a part of it."""
+        piece = fixed.locate()
+        piece.flat.copy_(values.reshape(-1)[piece.start : piece.start + piece.flat.numel()])
+        piece.update_mirror()
+
+    def exp_avg(self, factor: int) -> torch.Tensor:
+        """exp_avg of a trained factor, [r, length], whole on every rank; one all-reduce where it is sharded."""
+        whole = torch.zeros(self.shapes[factor], dtype=self.dtype, device=self.device)
+        for piece in self.moments(factor):
+            whole.view(-1)[piece.start : piece.start + piece.exp_avg.numel()] = piece.exp_avg.to(self.device)
+        return sum_over(whole, self.group) if self.masters_sharded else whole
+
+    def rotate(self, factor: int, turn: torch.Tensor) -> None:
+        """exp_avg <- turn · exp_avg of a trained factor [r, length], with ``turn`` [r, r] equal on all ranks.
+
+        exp_avg_sq and clocks stay. One all-reduce of the factor's size where moments are sharded.
+        """
+        turned = (turn.to(self.device, self.dtype) @ self.exp_avg(factor)).view(-1)
+        for piece in self.moments(factor):
+            piece.exp_avg.copy_(turned[piece.start : piece.start + piece.exp_avg.numel()])
+
     def zero(self, vectors: VectorSet) -> None:
         """Zero exp_avg and exp_avg_sq of the vectors."""
         for partition, (here, _) in zip(self.partitions, self._locate(vectors), strict=True):
@@ -238,6 +276,16 @@ class OptimizerStateView:
         if group_size(self._spread.pipe) == 1:
             return counts
         return sum_over(counts.to(self.device, copy=True), self._spread.pipe).to(counts.device)
+
+    def subspace_search(
+        self, layers: Sequence[LowRankFactors], randomized: bool, key: tuple[object, ...]
+    ) -> SubspaceSearch:
+        """A search for the leading subspaces of the gradients of ``layers`` over the ranks of this stage."""
+        return SubspaceSearch(layers, self.group, self._spread.tensor, randomized, key)
+
+    def sum_of_parts(self, values: torch.Tensor, length: Share) -> torch.Tensor:
+        """Sum over tensor-parallel ranks what each made of its part of vectors of ``length``, if they are divided."""
+        return sum_over(values, self._spread.tensor) if length.padded < length.size else values
 
     def restart_clock(self, vectors: VectorSet) -> None:
         """The next update is update 1 of these vectors for Adam's bias correction."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from megalowrank.errors import unknown_name
 from megalowrank.methods.base import Method
 from megalowrank.methods.full_rank import FullRank
+from megalowrank.methods.galore import GaLore
+from megalowrank.methods.golore import GoLore
 from megalowrank.methods.lora import LoRA
 from megalowrank.methods.relora import ReLoRA
 from megalowrank.methods.switchlora import SwitchLoRA
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FullRank, LoRA, SwitchLoRA, ReLoRA)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (FullRank, LoRA, SwitchLoRA, ReLoRA, GoLore, GaLore)
+}
 
 
 def method_class(name: str) -> type[Method]:

@@ -13,21 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec
+from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.pool import HostAllocator
+from megalowrank.lowrank.probe import Take
 from megalowrank.lowrank.state import OptimizerStateView
 from megalowrank.parallel.partition import Share
+
+
+class ProbeEngine(Protocol):
+    """What a context asks of an engine."""
+
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """The gradients of ``weights``."""
 
 
 @dataclass
 class Context:
     """Everything a method may touch. ``layers`` are this stage's, in the order of their global index.
 
-    ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier.
+    ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier. ``micro_batches``
+    are those of the coming update on this rank.
     """
 
     layers: Sequence[LowRankFactors]
@@ -38,6 +48,18 @@ class Context:
     data_size: int
     allocate_host: HostAllocator
     restart_offset: int = 0
+    engine: ProbeEngine | None = None
+    micro_batches: Sequence[torch.Tensor] = ()
+
+    def probe(self, weights: Sequence[FoldedWeight], take: Take) -> int:
+        """Full gradients of the coming update, as if its batch were trained on with what is there now.
+
+        Every rank calls it alike. Leaves no trace; ``take(i, gradient)`` gets that of ``weights[i]``, this rank's part
+        [out, in], the mean over the micro-batches of this rank. Returns the bytes of gradients held at the peak.
+        """
+        if self.engine is None:
+            raise RuntimeError("this context has no engine to probe")
+        return self.engine.probe(self.micro_batches, weights, take)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class LogicalTensor:
         """Whether it is A or B of an adapted matrix."""
         return self.name.endswith((".A", ".B"))
 
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it is the second pair of factors, which the linear subtracts."""
+        return self.name.endswith((".A_snapshot", ".B_snapshot"))
+
     def fill(self, value: torch.Tensor) -> None:
         """Overwrite this rank's part, in a parameter no engine has cut; ``value`` is the whole tensor."""
         for dim, part in enumerate(self.shares):
@@ -166,6 +171,8 @@ class _Source:
         elif tensor.is_factor:
             factors = self.method.initial_factors(matrix, self.seed, self.forward_dtype)
             tensor.fill(factors[tensor.name.endswith(".B")])
+        elif tensor.is_snapshot:
+            tensor.fill(torch.zeros(tensor.shape, dtype=tensor.parameter.dtype))
         else:
             tensor.fill(self._plain(tensor))
 
@@ -283,3 +290,6 @@ def _name_linear(
         factors.name, rank = f"{prefix}.{factors.name}", share(factors.rank)
         yield LogicalTensor(f"{factors.name}.A", factors.A, 0, (rank, factors.columns))
         yield LogicalTensor(f"{factors.name}.B", factors.Bt, 0, (rank, factors.rows))
+        for fixed in factors.fixed:
+            if fixed.name.endswith("_snapshot"):
+                yield LogicalTensor(f"{factors.name}.{fixed.name}", fixed.parameter, 0, (rank, fixed.length))

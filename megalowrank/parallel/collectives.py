@@ -16,6 +16,11 @@ def group_size(group: Any) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def group_rank(group: Any) -> int:
+    """This rank's number in ``group``; 0 in a single process."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 def sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Sum ``tensor`` in place over ``group`` and return it. Every rank of the group calls it.
 

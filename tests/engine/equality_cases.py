@@ -23,6 +23,7 @@ from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.setup import make_optimizer
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.methods import method_class
 from megalowrank.methods.base import Context, Method
 from megalowrank.models.build import BuiltModel, build_gpt, build_llama
@@ -44,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 5, "lora_init": "classic"},
     "switchlora": {"lora_rank": 5, "switch_interval": 4, "switch_freeze_steps": 2, "switch_descent_rate": 1.0},
     "relora": {"lora_rank": 5, "relora_interval": 2, "relora_reset": "magnitude", "relora_prune_ratio": 0.7},
+    "golore": {"lora_rank": 5, "update_proj_gap": 2, "rand_ratio": 0.6},
+    "galore": {"lora_rank": 5, "update_proj_gap": 3},
 }
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
@@ -73,7 +76,7 @@ def build(
 
 
 def context(model: BuiltModel, engine: Engine, rank: int, world: int, seed: int = SEED) -> Context:
-    return Context(model.layers, engine.state, seed, STEPS, rank, world, host_allocator(False))
+    return Context(model.layers, engine.state, seed, STEPS, rank, world, host_allocator(False), engine=engine)
 
 
 # ---------------------------------------------------------------- what is compared
@@ -212,6 +215,22 @@ class GroupedDenseEngine(DenseEngine):
         result = super().train_step([], lr)
         return StepResult(mean_of_ranks(losses), result.grad_norm, result.applied)
 
+    def probe(self, micro_batches: Sequence[Any], weights: Sequence[FoldedWeight], take: Take) -> int:
+        """The mean over ranks of each rank's mean, added in the order of ranks."""
+        self.module.train()
+        ranks = sorted({rank for group in micro_batches for rank, _ in group})
+        sums: dict[int, torch.Tensor] = {}
+        for rank in ranks:
+            own = [tokens for group in micro_batches for other, tokens in group if other == rank]
+
+            def add(i: int, gradient: torch.Tensor) -> None:
+                sums[i] = sums[i] + gradient if i in sums else gradient
+
+            probe_gradients(self.module, own, weights, add)
+        for i in reversed(range(len(weights))):
+            take(i, sums[i] / len(ranks))
+        return 0
+
 
 def mean_of_ranks(losses: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Mean over ranks of each rank's mean over its micro-batches."""
@@ -246,9 +265,10 @@ def train(model: BuiltModel, engine: Engine, method: Method, ctx: Context, share
     model.module.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for step in range(STEPS):
         before = method.switched.copy() if hasattr(method, "switched") else None
+        ctx.micro_batches = shares(step)
         method.before_step(step, ctx)
         overflowed |= _overflows(method, before)
-        losses.append(float(engine.train_step(shares(step), LR).loss))
+        losses.append(float(engine.train_step(ctx.micro_batches, LR).loss))
     losses.append(float(evaluate(shares(0))))
     engine.end_evaluation()
     switched = int(method.switched.sum()) if hasattr(method, "switched") else 0

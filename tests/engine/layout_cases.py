@@ -159,6 +159,7 @@ def train(
     while len(norms) < last - first:
         if announced != first + len(norms):
             announced = first + len(norms)
+            ctx.micro_batches = shares(attempts)
             method.before_step(announced, ctx)
         poison.armed = attempts in poison.attempts
         result = engine.train_step(shares(attempts), LR)
@@ -187,7 +188,7 @@ def dense(case: dict[str, Any]) -> Run:
     engine = DenseEngine(
         model.module, model.layers, make_optimizer(model.module, train_config(case)), case.get("clip", 0.0)
     )
-    ctx = Context(model.layers, engine.state, SEED, STEPS, 0, 1, host_allocator(False))
+    ctx = Context(model.layers, engine.state, SEED, STEPS, 0, 1, host_allocator(False), engine=engine)
     method.start(ctx)
     tensors = RunTensors(model, engine.state, method, alone())
     start = digest(logical(tensors, 1))
@@ -224,8 +225,9 @@ class Divided:
         make = exact_engine if case.get("float64") else make_engine
         engine = make(model, config, train_config(case), deepspeed_config(case, sizes), groups)
         ctx = Context(
-            model.layers, engine.state, SEED, STEPS, groups.data_rank, groups.data_size, host_allocator(False)
-        )
+            model.layers, engine.state, SEED, STEPS, groups.data_rank, groups.data_size, host_allocator(False),
+            engine=engine,
+        )  # fmt: skip
         method.start(ctx)
         return cls(method, model, engine, groups, ctx, architecture(config).tied_output)
 

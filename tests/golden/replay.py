@@ -26,12 +26,14 @@ from megalowrank.lowrank.factors import LowRankFactors, factor_places
 from megalowrank.lowrank.state import Spread
 from megalowrank.methods import METHODS, method_class
 from megalowrank.methods.base import Context, Method
+from megalowrank.methods.golore import GoLore
 from megalowrank.methods.relora import ReLoRA
 from megalowrank.models.architecture import LLAMA_FAMILIES, completed
 from megalowrank.models.build import BuiltModel, build_llama
 from megalowrank.models.stages import split_layers
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, initialize_groups
+from tests.golden import replay_golore
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=4, vocab_size=256
@@ -90,7 +92,14 @@ def relora_settings(golden: Golden) -> dict[str, Any]:
     }
 
 
-SETTINGS: dict[str, Callable[[Golden], dict[str, Any]]] = {"lora": lora_settings, "relora": relora_settings}
+def golore_settings(golden: Golden) -> dict[str, Any]:
+    """Flags of a GoLore or GaLore run."""
+    return replay_golore.settings(golden.record["cfg"])
+
+
+SETTINGS: dict[str, Callable[[Golden], dict[str, Any]]] = {
+    "lora": lora_settings, "relora": relora_settings, "golore": golore_settings, "galore": golore_settings,
+}  # fmt: skip
 
 
 def recorded_draw(golden: Golden, layer: LowRankFactors, step: int, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,14 +130,17 @@ def build(golden: Golden, dtype: torch.dtype, groups: Groups | None = None) -> t
     method = kind(kind.config_class(**SETTINGS.get(golden.family, lambda golden: {})(golden)))
     if isinstance(method, ReLoRA):
         method.redraw = partial(recorded_draw, golden)  # type: ignore[method-assign]
+    if isinstance(method, GoLore):
+        projectors = np.load(golden.folder / f"{golden.name}_P.npz")
+        replay_golore.inject(method, projectors, lambda name: reference_name(f"{name}.weight")[: -len(".weight")])
     place = None if groups is None else placement(method, groups)
     model = build_llama(MODEL, method, length=64, seed=0, dtype=dtype, place=place)
     weights = np.load(golden.folder / "tiny_llama_init.npz")
-    drawn = np.load(golden.folder / f"{golden.name}_A.npz") if golden.family != "full" else {}
+    drawn = np.load(golden.folder / f"{golden.name}_A.npz") if golden.family in ("lora", "relora") else {}
     for tensor in model.tensors:
         if tensor.name.endswith(".weight"):
             value = weights[reference_name(tensor.name)]
-        elif tensor.name.endswith(".A") and cfg["fix_init"]:
+        elif tensor.name.endswith(".A") and cfg.get("fix_init"):
             value = drawn["A0/" + reference_name(tensor.name)[: -len(".A")]]
         else:
             value = np.zeros(tensor.shape)
@@ -147,6 +159,8 @@ def placement(method: Method, groups: Groups) -> Placement:
 def optimizer_of(golden: Golden, model: BuiltModel) -> VectorClockAdamW:
     """AdamW as the run was recorded: one group, decay on everything."""
     cfg = golden.record["cfg"]
+    if "kind" in cfg:
+        return replay_golore.optimizer_of(cfg, model)
     trained = [p for p in model.module.parameters() if p.requires_grad]
     return VectorClockAdamW(trained, betas=tuple(cfg["betas"]), weight_decay=cfg["wd"])
 
@@ -157,13 +171,21 @@ def train(
     """(training loss before every update, final validation loss); ``updates`` above 0 stops there."""
     record, data = golden.record, np.load(golden.folder / "tiny_llama_data.npz")
     rank, world = (groups.data_rank, groups.data_size) if groups else (0, 1)
-    ctx = Context(model.layers, engine.state, 0, record["cfg"]["steps"], rank, world, host_allocator(False))
+    cfg = record["cfg"]
+    ctx = Context(model.layers, engine.state, 0, cfg["steps"], rank, world, host_allocator(False), engine=engine)
     method.start(ctx)
+    rates = record.get("lr", [cfg["lr"]] * cfg["steps"])
+    conventions = replay_golore.Conventions(cfg, model, engine) if "kind" in cfg else None
     losses, rows = [], 16 // world // passes(groups)
-    for update in range(updates or record["cfg"]["steps"]):
-        method.before_step(update, ctx)
+    for update in range(updates or cfg["steps"]):
         batch = torch.from_numpy(data["train"][update]).long().chunk(world)[rank]
-        losses.append(float(engine.train_step(batch.split(rows), record["lr"][update]).loss))
+        ctx.micro_batches = batch.split(rows // cfg.get("ga", 1) if groups is None else rows)
+        method.before_step(update, ctx)
+        if conventions:
+            conventions.before(update, ctx)
+        losses.append(float(engine.train_step(ctx.micro_batches, rates[update]).loss))
+        if conventions:
+            conventions.after(rates[update])
     return losses, float(engine.eval_step(torch.from_numpy(data["val"]).long().split(rows)))
 
 
@@ -175,7 +197,8 @@ def passes(groups: Groups | None) -> int:
 def dense(golden: Golden, dtype: torch.dtype) -> Replayed:
     """Replay without DeepSpeed."""
     method, model = build(golden, dtype)
-    return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), 1.0))
+    clip = golden.record["cfg"].get("clip", 1.0)
+    return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), clip))
 
 
 def divided(payload: dict[str, Any]) -> list[Replayed]:

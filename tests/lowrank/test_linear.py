@@ -47,7 +47,7 @@ def plain(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, A: Any, B
 
 
 def function(kind: str, x: Any, W: Any, bias: Any, A: Any, Bt: Any, wire: Wire = ALONE[0]) -> torch.Tensor:
-    return FUNCTIONS[kind].apply(x, W, bias, SCALE, wire, *A, *Bt)
+    return FUNCTIONS[kind].apply(x, W, bias, SCALE, wire, None, None, *A, *Bt)
 
 
 def leaves(given: dict[str, Any]) -> list[torch.Tensor]:
