@@ -97,10 +97,12 @@ _RELORA = {
     "--megatron_dataset_config": "--data-path",
 }
 _GALORE = {
-    "--update_proj_gap": "GaLore and GoLore are not built",
-    "--galore_scale": "GaLore and GoLore are not built",
-    "--proj_type": "GaLore and GoLore are not built",
-    "--rand_ratio": "GaLore and GoLore are not built",
+    "--update_proj_gap": "--update-proj-gap",
+    "--galore_scale": "--proj-scale",
+    "--proj_type": "the projector is on the narrower side of every matrix, as with std",
+    "--rand_ratio": "--rand-ratio",
+    "--golore": "--method golore",
+    "--galore": "--method galore",
     "--single_gpu": "start the program with plain python for one rank",
 }
 _MEGATRON = {

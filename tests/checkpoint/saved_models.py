@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 5, "lora_alpha": 3.0},
     "switchlora": {"lora_rank": 4},
     "relora": {"lora_rank": 6, "lora_alpha": 2.0},
+    "galore": {"lora_rank": 5},
 }
 
 

@@ -82,7 +82,7 @@ def test_every_family_goes_out_and_comes_back(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["full", "lora", "relora", "switchlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "relora", "switchlora", "galore"])
 @torch.no_grad()
 def test_every_method_is_merged_in_float32(method: str, low: bool, tmp_path: Path) -> None:
     """In bfloat16 the frozen W counts with its residual: without it the difference is a thousand times larger."""

@@ -50,6 +50,7 @@ CASES = [
     ("gpt2", "switchlora", False, {}),
     ("gpt2, not tied", "lora", True, {"lora_target": ["q", "k", "v"]}),
     ("neox", "relora", True, {}),
+    ("llama, tied, grouped", "galore", True, {}),
     ("neox, tied", "lora", False, {"lora_target": ["layers.0.*"]}),
 ]
 

@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"lora_alpha": 3.0}),
     "switchlora": ("switchlora", {}),
     "relora": ("relora", {}),
+    "golore": ("golore", {}),
 }
 
 

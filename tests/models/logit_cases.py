@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 5, "lora_alpha": 3.0},
     "switchlora": {"lora_rank": 4},
     "relora": {"lora_rank": 7, "lora_alpha": 4.0},
+    "golore": {"lora_rank": 7, "proj_scale": 0.5},
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import run_ranks
 
-FAMILIES, METHODS = ("llama", "gpt2", "neox"), ("full", "lora", "switchlora", "relora")
+FAMILIES, METHODS = ("llama", "gpt2", "neox"), ("full", "lora", "switchlora", "relora", "golore")
 # largest difference of logits, and of gradients relative to the norm of all
 BOUNDS = {"float32": (1e-4, 1e-5), "float64": (1e-7, 1e-9)}
 CASES = [
