@@ -57,8 +57,8 @@ def multiplier(u: int, steps: int, warm: int, every: int, climb: int, floor: flo
     return cosine(u)
 
 
-def model_of(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Adapted]]:
-    """The tiny LLaMA with its recorded weights, adapted."""
+def plain_model(folder: Path) -> LlamaForCausalLM:
+    """The tiny LLaMA with its recorded weights, in float64 throughout."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
         rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
@@ -73,7 +73,12 @@ def model_of(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Adapted]]:
     }
     model.load_state_dict(state, strict=True)
     model.model.rotary_emb = Rotary()
-    adapted = {}
+    return model
+
+
+def model_of(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Adapted]]:
+    """The same, adapted."""
+    model, adapted = plain_model(folder), {}
     for name, module in list(model.model.named_modules()):
         if name.rsplit(".", 1)[-1] in TARGETS:
             adapted[name] = Adapted(module)

@@ -17,6 +17,7 @@ import torch
 from megalowrank.config import TrainConfig
 from megalowrank.engine.schedule import learning_rate, with_restarts
 from megalowrank.parallel.groups import initialize_single_process
+from tests.golden.plain_golore import make_run as make_projected_run
 from tests.golden.plain_relora import make_run
 from tests.golden.replay import Golden, Replayed, dense, found_in
 from tests.harness import run_ranks
@@ -161,6 +162,26 @@ def test_relora_variants_that_no_recorded_run_covers(name: str, tmp_path: Path) 
     make_run(DATA, tmp_path / "runs", f"relora_{name}", steps=48, **VARIANTS[name])
     (run,) = found_in(tmp_path / "runs")
     assert run.family == "relora"
+    initialize_single_process(str(tmp_path / "store"))
+    losses, validation = dense(run, torch.float64)
+    assert np.abs(np.subtract(losses, run.record["loss"])).max() < 1e-7
+    assert validation == pytest.approx(run.record["val"], abs=1e-7)
+
+
+PROJECTED = {
+    "peft_random_accumulated": {"rand_ratio": 0.5, "ga": 4},
+    "peft_clipped_decayed": {"clip": 0.5, "wd": 0.1},
+    "galore": {"kind": "galore", "scale": 0.25},
+    "galore_clipped_decayed": {"kind": "galore", "clip": 0.3, "wd": 0.1, "ga": 2},
+}
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_golore_variants_that_no_recorded_run_covers(name: str, tmp_path: Path) -> None:
+    """Both kinds, random subspaces, accumulation, clipping and decay against plain torch, in float64."""
+    make_projected_run(DATA, tmp_path / "runs", f"golore_{name}", **PROJECTED[name])
+    (run,) = found_in(tmp_path / "runs")
+    assert run.family == ("golore" if name.startswith("peft") else "galore")
     initialize_single_process(str(tmp_path / "store"))
     losses, validation = dense(run, torch.float64)
     assert np.abs(np.subtract(losses, run.record["loss"])).max() < 1e-7
