@@ -4,28 +4,32 @@
 |-----------------------------|--------------------------------------|-------------------|
 | master, exp_avg, exp_avg_sq | every trained tensor                 | float32 (float64) |
 | weight, residual            | every frozen W, per logical matrix   | as trained        |
+| weight                      | what else is not trained             | as trained        |
 | fixed                       | every factor without gradient        | as trained        |
 | clock                       | births of the vectors of a factor    | int64 [r]         |
 | pool                        | candidates of a factor               | as master         |
 
 Names and shapes are those of the whole model: a fused projection is saved as its logical matrices, a
-ZeRO fragment as a range of a logical tensor. So files do not depend on the layout that wrote them.
+ZeRO fragment as a range of a logical tensor. So files do not depend on the layout that wrote them. Where heads train
+apart, names of all that is not a weight begin with ``head0/``, ``head1/``, …
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from megalowrank.checkpoint.heads import SHARED, head_prefix
 from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.checkpoint.pieces import DTYPES, Box, Flat, Piece, box_numel
+from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import FixedFactor, folded_weights, frozen_tensors
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import FoldedWeight, FrozenTensor, split_residual
 from megalowrank.lowrank.state import FlatPartition, OptimizerStateView
 from megalowrank.methods.base import Method, SavedTensor
 from megalowrank.models.build import BuiltModel, LogicalTensor
@@ -77,7 +81,7 @@ class RunTensors:
         """What this rank writes; of a tensor that several ranks hold, the first one writes it."""
         first = self.groups.data_rank == 0
         parts = [part for part in self._optimizer_parts() if self.state.masters_sharded or first]
-        held = (*self._weight_parts(), *self._fixed_parts())
+        held = (*self._weight_parts(), *self._fixed_parts()) if self.groups.head == 0 else self._fixed_parts()
         parts += [part for part, whole in held if first or not whole]
         found = [_piece(part) for part in parts if self._writes(part.tensor)]
         for saved in self.method.saved_tensors():
@@ -85,18 +89,23 @@ class RunTensors:
                 found.append(_pool_piece(saved))
         if first and self.groups.tensor_rank == 0:
             found += [Piece.whole(name, torch.from_numpy(births)) for name, births in self._clocks()]
-        return found
+        return [replace(piece, name=self._stored(piece.name)) for piece in found]
+
+    def _stored(self, name: str) -> str:
+        """The name under which this rank's head keeps a tensor."""
+        shared = self.groups.heads is None or name.startswith(SHARED)
+        return name if shared else f"{head_prefix(self.groups.head)}{name}"
 
     def _writes(self, tensor: LogicalTensor) -> bool:
         return not tensor.replica and (tensor.split or self.groups.tensor_rank == 0)
 
     def expected(self) -> Expected:
-        """Global shape and type of every tensor of this stage that a checkpoint of this run has."""
+        """Global shape and type of every tensor of this stage that a head of this run has."""
         found: Expected = {
             f"pool/{saved.name}": (saved.shape, saved.rows.dtype) for saved in self.method.saved_tensors()
         }
         found.update({name: (births.shape, torch.int64) for name, births in self._clocks()})
-        frozen = {id(folded.parameter): folded for folded in self._folded()}
+        frozen: dict[int, FrozenTensor] = {id(f.parameter): f for f in (*self._folded(), *self.model.module.frozen)}
         fixed = {id(factor.parameter) for factor in self._fixed()}
         for tensor in self.model.tensors:
             folded = frozen.get(id(tensor.parameter))
@@ -106,7 +115,7 @@ class RunTensors:
                 found.update({f"{kind}/{tensor.name}": (tensor.shape, self.state.dtype) for kind in MOMENTS})
             else:
                 found[f"weight/{tensor.name}"] = tensor.shape, tensor.parameter.dtype
-                if folded.residual is not None:
+                if isinstance(folded, FoldedWeight) and folded.residual is not None:
                     found[f"residual/{tensor.name}"] = tensor.shape, folded.residual.dtype
         return found
 
@@ -115,22 +124,49 @@ class RunTensors:
 
         Every rank calls it; the engine's ``reload`` has to follow.
         """
-        check_tensors(checkpoint, self._expected_of_all_stages())
-        for part in self._optimizer_parts():
-            part.fill(checkpoint.read(part.name, part.box, part.flat))
-        for part, _ in (*self._weight_parts(), *self._fixed_parts()):
-            part.fill(checkpoint.read(part.name, part.box, part.flat))
-        for frozen in frozen_tensors(self.model.layers):
-            frozen.locate().update_mirror()
+        check_tensors(checkpoint, self._expected_of_all_heads())
+        held = (*self._weight_parts(), *self._fixed_parts())
+        for part in (*self._optimizer_parts(), *(part for part, _ in held)):
+            part.fill(checkpoint.read(self._stored(part.name), part.box, part.flat))
+        self._update_mirrors()
         for saved in self.method.saved_tensors():
             if saved.rows.numel():
-                values = checkpoint.read(f"pool/{saved.name}", _pool_box(saved))
+                values = checkpoint.read(self._stored(f"pool/{saved.name}"), _pool_box(saved))
                 saved.rows[:, : saved.columns.real].copy_(values.view(len(saved.rows), -1))
         births = self.state.clocks.births.copy()
         for name, position in zip((name for name, _ in self._clocks()), self.state.clocks.first, strict=True):
-            saved_births = checkpoint.read(name).numpy()
+            saved_births = checkpoint.read(self._stored(name)).numpy()
             births[position : position + len(saved_births)] = saved_births
         self.state.clocks.load(births)
+
+    def load_weights(self, saved: SavedWeights) -> None:
+        """Take merged weights alone; factors and the optimizer stay as they are when a run begins.
+
+        Every rank calls it; the engine's ``reload`` has to follow. Raises ConfigError for weights of another model.
+        """
+        saved.check_covered({tensor.name for tensor in self.model.tensors}, self.groups.pipe)
+        residuals = {t.name: w.residual for w in self._folded() for t in self._by_parameter[id(w.parameter)]}
+        masters = (p for p in self._optimizer_parts() if p.name.startswith("master/") and not p.tensor.is_factor)
+        for part in (*masters, *(part for part, _ in self._weight_parts())):
+            value, residual = saved.read(part.tensor.name, part.tensor.shape), residuals.get(part.tensor.name)
+            if residual is not None:
+                value = split_residual(value, residual.dtype)[part.name.startswith("residual/")]
+            box = value[tuple(slice(*sides) for sides in part.box)]
+            part.fill(box.reshape(-1)[slice(*part.flat)])
+        self._update_mirrors()
+
+    def _update_mirrors(self) -> None:
+        for frozen in (*frozen_tensors(self.model.layers), *self.model.module.frozen):
+            frozen.locate().update_mirror()
+
+    def _expected_of_all_heads(self) -> Expected:
+        """``expected`` of the whole job by the names in files; every rank calls it and gets the same."""
+        own, heads = self._expected_of_all_stages(), self.groups.heads
+        if heads is None:
+            return own
+        shared = {name: what for name, what in own.items() if name.startswith(SHARED)}
+        names = [(head_prefix(head) + name, name) for head in range(heads.count) for name in own.keys() - shared.keys()]
+        return {**shared, **{stored: own[name] for stored, name in names}}
 
     def _expected_of_all_stages(self) -> Expected:
         """``expected`` of the whole model; every rank calls it and gets the same."""
@@ -188,9 +224,13 @@ class RunTensors:
                 stored["residual"] = folded.residual
             for kind, flat in stored.items():
                 yield from ((part, whole) for part in self._parts_of(kind, folded, flat, piece.start))
+        for frozen in self.model.module.frozen:
+            piece = frozen.locate()
+            whole = piece.flat.numel() == sum(t.numel for t in self._by_parameter[id(frozen.parameter)])
+            yield from ((part, whole) for part in self._parts_of("weight", frozen, piece.flat, piece.start))
 
-    def _parts_of(self, kind: str, folded: FoldedWeight, flat: torch.Tensor, start: int) -> Iterator[Part]:
-        for tensor in self._by_parameter[id(folded.parameter)]:
+    def _parts_of(self, kind: str, frozen: FrozenTensor, flat: torch.Tensor, start: int) -> Iterator[Part]:
+        for tensor in self._by_parameter[id(frozen.parameter)]:
             yield from _overlap(kind, tensor, flat, start)
 
 

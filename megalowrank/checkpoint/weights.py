@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megalowrank.checkpoint.heads import head_prefixes, without_head
 from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
@@ -24,9 +25,10 @@ class SavedWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.run = checkpoint, checkpoint.state["run"]
         self._stored = set(checkpoint.names())
+        self._heads = head_prefixes(self._stored)
         self.names = {
             name.split("/", 1)[1]
-            for name in self._stored
+            for name in map(without_head, self._stored)
             if name.startswith(("master/", "weight/")) and not name.endswith(_FACTORS)
         }
         kind = method_class(self.run["method"])
@@ -66,22 +68,46 @@ class SavedWeights:
         return 0.0 if self.adapters is None else self.adapters.spec.scale
 
     def factors(self, matrix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A [r, in] and Bᵀ [r, out] of an adapted matrix (its name ends before ``.weight``), in the type of masters."""
-        if f"master/{matrix}.A" not in self._stored:
+        """A [k, in] and Bᵀ [k, out] of an adapted matrix (its name ends before ``.weight``), in the type of masters.
+
+        k is the rank r; with snapshots 2 r for each head, so that B A is the mean of what heads have learned.
+        """
+        pairs = [self._pair(head, matrix) for head in self._heads]
+        found = [pair for pair in pairs if pair is not None]
+        count = len(found) * (1 if self.adapters is None else self.adapters.spec.chunks)
+        if count < 2:
+            return pairs[0]
+        return torch.cat([A for A, _ in found]), torch.cat([Bt for _, Bt in found]) / count
+
+    def _pair(self, head: str, matrix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The factors of one head, with its snapshots, if it has any, negated in Bᵀ."""
+        names = [self._place_of(head, f"{matrix}{side}") for side in _FACTORS]
+        if not all(name in self._stored for name in names):
             return None
-        names = [f"master/{matrix}{side}" for side in _FACTORS]
         A, Bt = (self.checkpoint.read(name).view(self.checkpoint.shape(name)) for name in names)
-        return A, Bt
+        dtype = torch.promote_types(A.dtype, Bt.dtype)
+        A, Bt = A.to(dtype), Bt.to(dtype)
+        names = [f"{head}fixed/{matrix}{side}_snapshot" for side in _FACTORS]
+        if names[0] not in self._stored:
+            return A, Bt
+        old_A, old_Bt = (self.checkpoint.read(name).view(self.checkpoint.shape(name)).to(dtype) for name in names)
+        return torch.cat((A, old_A)), torch.cat((Bt, -old_Bt))
+
+    def _place_of(self, head: str, factor: str) -> str:
+        """Where a factor is stored: as a master, or, without gradient, as it is."""
+        return f"{head}fixed/{factor}" if f"{head}fixed/{factor}" in self._stored else f"{head}master/{factor}"
 
     def read_frozen(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """As ``read``, without s·B·A."""
         if name not in self.names:
             raise ConfigError(f"the checkpoint {self.checkpoint.path.name} lacks {name}", None, "a model of this shape")
-        stored = f"master/{name}" if f"master/{name}" in self._stored else f"weight/{name}"
-        found = tuple(self.checkpoint.shape(stored))
+        places = [f"{head}master/{name}" for head in self._heads if f"{head}master/{name}" in self._stored]
+        stored = places or [f"weight/{name}"]
+        found = tuple(self.checkpoint.shape(stored[0]))
         if found != tuple(shape):
             raise ConfigError(f"{name} in the checkpoint {self.checkpoint.path.name} has another shape", found, shape)
-        value = self.checkpoint.read(stored).view(shape)
+        values = [self.checkpoint.read(place) for place in stored]
+        value = (values[0] if len(values) == 1 else torch.stack(values).mean(0)).view(shape)
         if f"residual/{name}" in self._stored:
             value = join_residual(value, self.checkpoint.read(f"residual/{name}").view(shape))
         return value if value.dtype == torch.float64 else value.float()

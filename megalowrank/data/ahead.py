@@ -13,14 +13,15 @@ from megalowrank.data.sampler import GlobalBatches
 class BatchesAhead:
     """The micro-batches of this rank, update by update, with those of the following update read in a thread.
 
-    ``waited`` is how many seconds callers of ``take`` waited in all. What is returned does not depend on
-    what was read ahead: another update than the expected one is read when it is asked for.
+    ``place`` is (rank, ranks) among those that share every batch; ``waited`` is how many seconds callers of ``take``
+    waited in all. What is returned does not depend on what was read ahead: another update than the expected one is read
+    when it is asked for.
     """
 
     def __init__(
         self, samples: GlobalBatches, micro_batch_size: int, accumulation: int, dp_rank: int, dp_size: int
     ) -> None:
-        self.samples, self.accumulation = samples, accumulation
+        self.samples, self.accumulation, self.place = samples, accumulation, (dp_rank, dp_size)
         self._layout = micro_batch_size, dp_rank, dp_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._coming: tuple[int, Future[list[torch.Tensor]]] | None = None

@@ -47,11 +47,13 @@ def resolve(
     given: set[str],
     data_parallel_size: int,
     hidden_size: int,
+    heads: int = 1,
 ) -> Resolved:
     """Resolve a DeepSpeed JSON (a path or its content) against the flags.
 
     ``given`` names the fields of ``train`` that the user typed: against them the JSON may not speak, while
-    it wins over defaults. ``hidden_size`` is what the "auto" buckets are made from.
+    it wins over defaults. ``hidden_size`` is what the "auto" buckets are made from. The batch is that of all
+    ``data_parallel_size`` ranks, of which DeepSpeed sees those of one of ``heads``.
     """
     asked = check(load(path_or_dict), TOP_LEVEL)
     zero = _resolve_zero(asked.get("zero_optimization", {}), hidden_size)
@@ -59,7 +61,7 @@ def resolve(
     batch = resolve_batch(asked, train, data_parallel_size)
     train = replace(_take_over(asked, train, given), micro_batch_size=batch.micro, global_batch_size=batch.total)
     deepspeed: dict[str, Any] = {
-        "train_batch_size": batch.total,
+        "train_batch_size": batch.total // heads,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": train.clip_grad,

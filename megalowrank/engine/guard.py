@@ -66,6 +66,6 @@ class Guard:
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Whether a collective failed, which the death of another rank causes."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _ECHOES)
+    """Whether a collective failed, which the death of another rank causes; torch may have hidden that in another."""
+    causes = [cause for cause in (error, error.__context__) if isinstance(cause, RuntimeError)]
+    return any(word in str(cause).lower() for cause in causes for word in _ECHOES)

@@ -105,14 +105,15 @@ class Loop:
         while self.position.step < last:
             step = self.position.step
             self.beat(f"the beginning of update {step + 1}")
-            self.requests.ask()
+            if self._announced != step:
+                self.requests.ask()
             with self.instruments.update(step):
                 self.ctx.micro_batches = self.batches.take(self.position.attempts)
                 self._announce(step)
                 result = self._update(step)
-            asked = self.requests.answer()
             if not result.applied:
                 continue
+            asked = self.requests.answer()
             self._log(result, self.position.step == last)
             if self.check.due(self.position.step):
                 self.check.run(self.position.step)
@@ -156,11 +157,13 @@ class Loop:
         self.progress.close()
 
     def _announce(self, step: int) -> None:
-        """Let the method act before ``step``, once: an update that was skipped is tried again without it."""
-        if self._announced != step:
-            with self._method_clock.measure():
+        """Let the method act before ``step``, once; an update that was skipped is only tried again."""
+        with self._method_clock.measure():
+            if self._announced != step:
                 self.method.before_step(step, self.ctx)
-            self._announced = step
+            else:
+                self.method.retry(step, self.ctx)
+        self._announced = step
 
     def _evaluation_due(self) -> bool:
         """Whether there is to be one now; a run that was stopped in one makes up for it."""
@@ -187,11 +190,14 @@ class Loop:
             )
         return result
 
+    def _over_heads(self, loss: float) -> float:
+        return loss if self.ctx.heads is None else self.ctx.heads.mean(loss, f"the loss after {self.position.step}")
+
     def _log(self, result: StepResult, final: bool) -> None:
         step = self.position.step
         if step % self.output.log_interval and not final:
             return
-        loss, now = float(result.loss), time.perf_counter()
+        loss, now = self._over_heads(float(result.loss)), time.perf_counter()
         seconds, updates = now - self._step_clock, self.position.attempts - self._logged.attempts
         tokens_each = self.batches.samples.global_batch_size * self.train.seq_length
         rate = updates * tokens_each / seconds
@@ -228,7 +234,6 @@ class Loop:
             return {}
         started = time.perf_counter()
         self.method.settle(self.ctx)
-        ranks = self.ctx.data_rank, self.ctx.data_size
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         batches = min(self.data.eval_iters, max(samples.batches_per_epoch, 1))
         size = self.micro_batch_size
@@ -236,16 +241,17 @@ class Loop:
             self.beat(f"the beginning of evaluation batch {batch}")
             self.requests.ask()
             total += self.engine.eval_step(
-                [samples.micro_batch(batch, i, size, *ranks) for i in range(self.accumulation)]
+                [samples.micro_batch(batch, i, size, *self.batches.place) for i in range(self.accumulation)]
             )
             if "stop" in self.requests.answer():
                 batches = 0
                 break
         self.engine.end_evaluation()
+        self.method.unsettle(self.ctx)
         if not batches:
             return {}
         self.position.evaluated = self.position.step
-        loss = float(mean_over(total, self.engine.group)) / batches
+        loss = self._over_heads(float(mean_over(total, self.engine.group)) / batches)
         found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
         if self.bytes_per_token is not None:
             found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token

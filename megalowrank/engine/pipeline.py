@@ -104,7 +104,7 @@ class PipelineEngine:
         self.module = part
         self.device = torch.device(self.deepspeed.device)
         self.parameters = [p for p in part.parameters() if p.requires_grad]
-        self.layout, self.state = bind_state(self.deepspeed, layers, optimizer, groups)
+        self.layout, self.state = bind_state(self.deepspeed, part, layers, optimizer, groups)
         self.partial = complete_partial_gradients(part, config, groups)
         self._has_data = part.place.begins or part.place.ends
         self._shape: torch.Size | None = None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megalowrank.engine.engine import Engine
 from megalowrank.engine.zero_state import is_sharded
 from megalowrank.errors import TrainingError
+from megalowrank.lowrank.factors import folded_weights
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.collectives import all_true, device_of, group_size
 from megalowrank.parallel.groups import Groups
@@ -37,7 +38,7 @@ class ReplicaCheck:
 
     Over tensor-parallel ranks: masters, moments and forward copies of the tensors that are not split. Over
     data-parallel ranks: forward copies and frozen weights, unless the engine shards them. Over stages: a tied
-    embedding.
+    embedding. Over heads: the weights that they share, with their residuals.
     """
 
     def __init__(self, interval: int, model: BuiltModel, engine: Engine, groups: Groups, tied: bool) -> None:
@@ -52,6 +53,8 @@ class ReplicaCheck:
         found = [_differing(dict(self._over_tensor_ranks()), self.groups.tensor)]
         found.append(_differing(dict(self._over_data_ranks()), self.groups.data))
         found.append(_differing(dict(self._over_stages()), self.groups.pipe))
+        if self.groups.heads is not None:
+            found.append(_differing(dict(self._over_heads()), self.groups.heads.link))
         name = next((name for name in found if name), None)
         if all_true(name is None, self.groups.everyone):
             return
@@ -86,6 +89,11 @@ class ReplicaCheck:
         if self.groups.pipe_size > 1 and self.tied:
             own = [tensor.parameter.data for tensor in self.model.tensors if tensor.name == TIED]
             yield TIED, hash_of(own[0]) if own else None
+
+    def _over_heads(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for weight in folded_weights(self.model.layers):
+            name = next(t.name for t in self.model.tensors if t.parameter is weight.parameter)
+            yield name, hash_of(weight.value())
 
 
 def _differing(hashes: Mapping[str, torch.Tensor | None], group: Any) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megalowrank.checkpoint.heads import head_prefixes
 from megalowrank.checkpoint.io import Checkpoint, find_auto
 from megalowrank.checkpoint.pieces import Piece
 from megalowrank.checkpoint.shards import RunTensors
@@ -66,11 +67,18 @@ class RunState:
         """
         return {
             "attempts": position.attempts,
+            **self._of_heads(position),
             "evaluated": position.evaluated,
             "updates": self.engine.state.updates,
             "method_state": united(self.method.state_dict(), self.groups.pipe),
             "run": self.run,
         }
+
+    def _of_heads(self, position: Position) -> dict[str, Any]:
+        """What heads may differ in: batches that one of them skipped."""
+        if self.groups.heads is None:
+            return {}
+        return {"attempts_of_heads": list(map(int, gather_texts(str(position.attempts), self.groups.heads.host)))}
 
     def load(self, output: OutputConfig) -> Position:
         """Resume what ``--load`` names; a fresh start if it is 'auto' and there is nothing yet.
@@ -83,13 +91,27 @@ class RunState:
         if not path:
             return Position()
         checkpoint = Checkpoint.open(Path(path), verify=False)
-        self._compare(checkpoint.state["run"], checkpoint.path.name)
-        self.tensors.load(checkpoint)
-        self.tensors.set_updates(int(checkpoint.state["updates"]))
-        self.method.load_state_dict(checkpoint.state["method_state"])
+        state = checkpoint.state
+        self._compare(state["run"], checkpoint.path.name)
+        attempts = [int(number) for number in state.get("attempts_of_heads", [state["attempts"]])]
+        if self.restarts(checkpoint):
+            self.tensors.load_weights(SavedWeights(checkpoint))
+            attempts = [max(attempts)] * self.method.replica_groups()
+        else:
+            self.tensors.load(checkpoint)
+            self.tensors.set_updates(int(state["updates"]))
+            self.method.load_state_dict(state["method_state"])
         self.engine.reload()
-        evaluated = checkpoint.state.get("evaluated", checkpoint.step)
-        return Position(checkpoint.step, int(checkpoint.state["attempts"]), int(evaluated))
+        evaluated = state.get("evaluated", checkpoint.step)
+        return Position(checkpoint.step, attempts[self.groups.head], int(evaluated))
+
+    def restarts(self, checkpoint: Checkpoint) -> bool:
+        """Whether heads begin anew, from the mean of those of the checkpoint, because there are more or fewer now."""
+        saved, now = len(head_prefixes(checkpoint.names())), self.method.replica_groups()
+        if saved != now and self.groups.rank == 0:
+            what = "their mean is merged into the weights, and factors and optimizer state begin anew"
+            print(f"{checkpoint.path.name} has {saved} head(s), this run has {now}: {what}", flush=True)
+        return saved != now
 
     def _compare(self, saved: dict[str, Any], name: str) -> None:
         free = {f.name for kind in (ModelConfig, self.method.config) for f in fields(kind) if f.metadata.get("free")}

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -47,6 +46,7 @@ from megalowrank.models.build import BuiltModel
 from megalowrank.models.presets import apply_preset
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, data_parallel_size, initialize_groups
+from megalowrank.parallel.heads import check_heads
 from megalowrank.parallel.launch import set_rank_environment
 from megalowrank.parallel.requests import Requests, host_group
 
@@ -65,8 +65,9 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     model_config = apply_preset(config.model, tokenizer_size(config.data), config.train.seq_length, families)
     resolved, method = resolve_run(config, model_config, world)
     corpus = open_corpus(config.data, resolved.train, model_config.vocab_size or 0, resolved.global_batch_size)
-    initialize_distributed(_timeout(config))
-    groups = initialize_groups(config.parallel)
+    heads = initialize_distributed(_timeout(config), method.replica_groups())
+    groups = initialize_groups(config.parallel, heads)
+    method.head = groups.head
     with Guard(config.parallel.hang_timeout, output_folder(config), groups) as guard:
         _train(build, config, model_config, resolved, method, corpus, groups, guard.watchdog.beat)
 
@@ -97,8 +98,8 @@ def _train(
     report = Report(model_config, train, model, engine, method, resolved, groups)
     tied = architecture(model_config).tied_output
     check = ReplicaCheck(config.parallel.replica_check_interval, model, engine, groups, tied)
-    saver = Saver(state, config.output, host_group(_timeout(config)))
-    requests = requests_of(saver, host_group(_timeout(config)), rank, train.exit_duration_in_mins)
+    saver = Saver(state, config.output, host_group(_timeout(config), groups.heads))
+    requests = requests_of(saver, groups, _timeout(config), train.exit_duration_in_mins)
     loop = assemble(config, resolved, corpus, ctx, method, engine, report, check, position, run, saver, requests, beat)
     say(rank, "\n".join([*config.notes, report.start(corpus, position)]))
     if position.step >= train.train_iters:
@@ -128,22 +129,24 @@ def context_of(
     train, allocate = resolved.train, host_allocator(resolved.pin_host_memory)
     return Context(
         model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
-        train.lr_restart_offset, engine,
+        train.lr_restart_offset, engine, heads=groups.heads,
     )  # fmt: skip
 
 
-def requests_of(saver: Saver, group: Any, rank: int, minutes: int | None) -> Requests:
+def requests_of(saver: Saver, groups: Groups, timeout: timedelta, minutes: int | None) -> Requests:
     """What ranks may ask of all: to stop, because of a signal; to save or stop, by the clock of the first; to give up.
 
     ``minutes`` is how long the process may take; None: as long as it takes.
     """
-    limit = math.inf if minutes is None or rank else _STARTED + 60.0 * minutes
+    rank, limit = groups.rank, math.inf
+    if minutes is not None and rank == 0:
+        limit = _STARTED + 60.0 * minutes
     sources: dict[str, Callable[[], bool]] = {
         "stop": lambda: bool(signals.received()) or time.monotonic() >= limit,
         "save": lambda: rank == 0 and saver.overdue(),
         "failed": lambda: saver.failed,
     }
-    return Requests(group, sources, frozenset({"stop"}))
+    return Requests(host_group(timeout, groups.heads), sources, frozenset({"stop"}), groups.heads)
 
 
 def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsconfig.Resolved, Method]:
@@ -152,13 +155,16 @@ def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsco
         raise ConfigError(
             "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
         )
-    ranks = data_parallel_size(config.parallel, world)
-    resolved = dsconfig.resolve(config.ds_config, config.train, config.given, ranks, model.hidden_size or 0)
+    method = METHODS[config.train.method](config.method_config)
+    heads = method.replica_groups()
+    check_heads(heads, world)
+    ranks = heads * data_parallel_size(config.parallel, world // heads)
+    resolved = dsconfig.resolve(config.ds_config, config.train, config.given, ranks, model.hidden_size or 0, heads)
     check_layout(config.parallel, model, resolved.train, resolved.deepspeed["zero_optimization"])
     check_tensor_parallel(model, config.parallel.tensor_model_parallel_size)
-    method = METHODS[resolved.train.method](config.method_config)
     if resolved.train.fold_residual != TrainConfig.fold_residual and not resolved.train.bf16:
         raise ConfigError("--fold-residual has no effect without bf16", resolved.train.fold_residual)
+    method.check_run(resolved.micro_batch_size, resolved.train, config.parallel)
     train = with_restarts(resolved.train, method.restart_interval())
     return dataclasses.replace(resolved, train=train), method
 
@@ -235,6 +241,7 @@ def make_optimizer(module: torch.nn.Module, train: TrainConfig) -> VectorClockAd
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
+    groups = [group for group in groups if group["params"]]
     return VectorClockAdamW(groups, train.lr or 0.0, (train.adam_beta1, train.adam_beta2), train.adam_eps)
 
 
@@ -255,8 +262,8 @@ def assemble(
 ) -> Loop:
     """The loop of this rank."""
     folder = output_folder(config)
-    main = int(os.environ["RANK"]) == 0
-    batches = BatchesAhead(corpus.train, resolved.micro_batch_size, resolved.accumulation, ctx.data_rank, ctx.data_size)
+    main = report.groups.rank == 0
+    batches = BatchesAhead(corpus.train, resolved.micro_batch_size, resolved.accumulation, *report.groups.stream)
     return Loop(
         engine=engine,
         method=method,

@@ -22,18 +22,21 @@ from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.lowrank.state import OptimizerStateView, Spread
 from megalowrank.parallel.collectives import mean_over
 from megalowrank.parallel.groups import Groups, ModelParallelUnit
+from megalowrank.parallel.heads import Heads, join_heads
 from megalowrank.parallel.wire import partial_parameters
 
 
-def initialize_distributed(timeout: Any) -> None:
-    """Join the job's process group; every rank calls it after the launcher variables are set.
+def initialize_distributed(timeout: Any, heads: int = 1) -> Heads | None:
+    """Join the job's process group, or that of one of ``heads``; every rank calls it after the launcher variables.
 
     On the CPU DeepSpeed would compile a shared-memory operator here; gloo does without.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # collectives of ours come before DeepSpeed sets it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    joined = None if heads == 1 else join_heads(heads, get_accelerator().communication_backend_name(), timeout)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    return joined
 
 
 def host_allocator(pin: bool) -> HostAllocator:
@@ -52,14 +55,18 @@ def is_plain(config: dict[str, Any]) -> bool:
 
 
 def bind_state(
-    engine: Any, layers: Sequence[LowRankFactors], optimizer: VectorClockAdamW, groups: Groups
+    engine: Any,
+    module: torch.nn.Module,
+    layers: Sequence[LowRankFactors],
+    optimizer: VectorClockAdamW,
+    groups: Groups,
 ) -> tuple[zero_state.ZeroLayout, OptimizerStateView]:
     """Find masters, moments and weights in an initialised DeepSpeed engine and tie optimizer and folds to them."""
     factors = factor_parameters(layers)
     layout = zero_state.zero_layout(engine, factors)
     spread = Spread(factor_places(layers, groups.tensor_rank), groups.tensor, groups.pipe)
     state = OptimizerStateView(factors, layout.partitions, layout.forward, groups.data, layout.masters_sharded, spread)
-    for frozen in frozen_tensors(layers):
+    for frozen in (*frozen_tensors(layers), *getattr(module, "frozen", ())):
         frozen.bind(zero_state.weight_locator(frozen.parameter))
     optimizer.bind(layout.partitions, state.clocks, factors)
     return layout, state
@@ -98,7 +105,7 @@ class ZeroEngine:
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.layout, self.state = bind_state(self.deepspeed, layers, optimizer, groups)
+        self.layout, self.state = bind_state(self.deepspeed, module, layers, optimizer, groups)
         optimizer.guard, optimizer.clip_grad = plain, clip if plain else 0.0
         if groups.tensor_size > 1:
             optimizer.norm_over = NormOverRanks(groups.tensor)

@@ -28,12 +28,15 @@ class LowRankSpec:
 
     ``projector``: the factor on the narrower side of W has no gradient: A where W has at least as many rows as
     columns, else B. ``snapshot``: s · B' A' x is subtracted, with a second pair of factors that has no gradient.
+    ``chunks``: of a batch the i-th of so many equal parts sees only the i-th part of the vectors, whose gradients are
+    those of the mean over that part alone.
     """
 
     rank: int
     scale: float
     projector: bool = False
     snapshot: bool = False
+    chunks: int = 1
 
     def trained(self, out_features: int, in_features: int) -> tuple[bool, bool]:
         """Whether A and B of a logical matrix of these sizes have gradients."""

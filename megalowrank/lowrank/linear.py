@@ -44,6 +44,7 @@ class _Adapted(torch.nn.Module):
     scale: float
     folded: FoldedWeight
     snapshot: bool
+    chunks: int
     factors: list[LowRankFactors]
 
     def _adopt(self, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire) -> None:
@@ -74,12 +75,15 @@ class _Adapted(torch.nn.Module):
             _mark_split(divided, 1)
             if self.wire.size > 1 and (self.wire.sequence or not self.wire.ride):
                 mark_partial(replicated)
+            if lowrank.chunks > 1:
+                for factor in (A, Bt):
+                    factor.register_hook(lambda gradient: gradient * lowrank.chunks)
             factors = LowRankFactors(name, A, Bt, self.folded, row, lowrank.scale, rows, self.columns)
             if lowrank.snapshot:
                 factors.fixed += self._new_snapshot(name, lowrank.rank, rows)
             self.factors.append(factors)
             row += rows.padded
-        self.snapshot = lowrank.snapshot
+        self.snapshot, self.chunks = lowrank.snapshot, lowrank.chunks
 
     def _new_factor(self, name: str, rank: int, length: int, trained: bool = True) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.zeros(rank, length, dtype=self.weight.dtype), requires_grad=trained)
@@ -104,6 +108,19 @@ class _Adapted(torch.nn.Module):
         old_A, old_Bt = getattr(self, f"A_{name}_snapshot"), getattr(self, f"B_{name}_snapshot")
         return torch.cat((A, old_A)), torch.cat((Bt, -old_Bt))
 
+    def _apart(self, x_SBI: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product on one tensor-parallel rank where parts of the batch see parts of the factors."""
+        pieces, parts = x_SBI.chunk(self.chunks, 1), []
+        for number, x in enumerate(pieces):
+            low = []
+            for name, _ in self.blocks:
+                own = [getattr(self, f"{side}_{name}{kind}").chunk(self.chunks)[number]
+                       for kind in ("", "_snapshot")[: 1 + self.snapshot] for side in "AB"]  # fmt: skip
+                product = (x @ own[0].t()) @ own[1]
+                low.append(product - (x @ own[2].t()) @ own[3] if self.snapshot else product)
+            parts.append(F.linear(x, self.weight, bias) + self.scale * torch.cat(low, -1))
+        return torch.cat(parts, 1)
+
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [.., in] -> (y [.., out], bias if it is left to the caller), each this rank's part; every rank calls it.
 
@@ -111,7 +128,9 @@ class _Adapted(torch.nn.Module):
         all of it, a row-parallel one the other way round.
         """
         bias = None if self.skip_bias_add else self.bias
-        if self.factors:
+        if self.factors and self.chunks > 1:
+            y = self._apart(input_, bias)
+        elif self.factors:
             A, Bt = zip(*(self._pair(name) for name, _ in self.blocks), strict=True)
             tap = self.folded.tap
             anchor = None if tap is None else tap.anchor

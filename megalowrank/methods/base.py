@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from megalowrank.config import ParallelConfig, TrainConfig
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.probe import Take
 from megalowrank.lowrank.state import OptimizerStateView
+from megalowrank.parallel.heads import Heads
 from megalowrank.parallel.partition import Share
 
 
@@ -37,7 +39,7 @@ class Context:
     """Everything a method may touch. ``layers`` are this stage's, in the order of their global index.
 
     ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier. ``micro_batches``
-    are those of the coming update on this rank.
+    are those of the coming update on this rank. ``heads``: the other groups of ranks, if the method asked for several.
     """
 
     layers: Sequence[LowRankFactors]
@@ -50,6 +52,7 @@ class Context:
     restart_offset: int = 0
     engine: ProbeEngine | None = None
     micro_batches: Sequence[torch.Tensor] = ()
+    heads: Heads | None = None
 
     def probe(self, weights: Sequence[FoldedWeight], take: Take) -> int:
         """Full gradients of the coming update, as if its batch were trained on with what is there now.
@@ -64,10 +67,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What a method wants built: the rank and scale of the linears that ``patterns`` name."""
+    """What a method wants built: the rank and scale of the linears that ``patterns`` name.
+
+    ``frozen``: what is neither a factor nor under one is not trained either.
+    """
 
     spec: LowRankSpec
     patterns: tuple[str, ...]
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,14 @@ class SavedTensor:
 
 
 class Method:
-    """Base of all methods: trains whatever requires a gradient and does nothing between steps."""
+    """Base of all methods: trains whatever requires a gradient and does nothing between steps.
+
+    ``head`` is the group of ranks that this rank belongs to, of ``replica_groups``; it is set before anything is built.
+    """
 
     name: ClassVar[str]
     config_class: ClassVar[type]
+    head: int = 0
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -97,6 +108,13 @@ class Method:
     def adapters(self) -> Adapters | None:
         """What to build into the linears; None leaves them plain and trainable."""
         return None
+
+    def check_run(self, micro_batch_size: int, train: TrainConfig, parallel: ParallelConfig) -> None:
+        """Raise ConfigError for a run that the method cannot do; ``micro_batch_size`` in samples."""
+
+    def replica_groups(self) -> int:
+        """Groups of ranks that train apart, each with its own factors and optimizer state; they divide the job."""
+        return 1
 
     def initial_factors(
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
@@ -118,8 +136,14 @@ class Method:
     def before_step(self, step: int, ctx: Context) -> None:
         """Called before the first forward pass of update ``step`` (0-based, committed updates)."""
 
+    def retry(self, step: int, ctx: Context) -> None:
+        """Called before another attempt at update ``step``, for what ``before_step`` could not do with a bad batch."""
+
     def settle(self, ctx: Context) -> None:
-        """Bring W to what evaluation and export must see."""
+        """Bring W to what an evaluation must see; ``unsettle`` follows it. Every rank of the job calls both."""
+
+    def unsettle(self, ctx: Context) -> None:
+        """Take back what ``settle`` did, so that evaluations leave no trace."""
 
     def lr_scale(self, step: int) -> float:
         """Factor on the learning rate of update ``step``."""

@@ -100,33 +100,43 @@ class GoLore(Method):
     def start(self, ctx: Context) -> None:
         """Nothing is kept between refreshes but numbers for the log."""
         self._numbers: dict[str, float] = {}
+        self._missing: list[LowRankFactors] = []
 
     def before_step(self, step: int, ctx: Context) -> None:
         """Change the subspaces if it is time."""
-        if step % self.config.update_proj_gap:
-            return
+        if step % self.config.update_proj_gap == 0:
+            self._missing = list(ctx.layers)
+            self._refresh(step, ctx)
+
+    def retry(self, step: int, ctx: Context) -> None:
+        """Change those whose gradient was not finite in the attempt before."""
+        if step % self.config.update_proj_gap == 0:
+            self._refresh(step, ctx)
+
+    def _refresh(self, step: int, ctx: Context) -> None:
         began = time.perf_counter()
         self._numbers = {"refreshes": 1.0, "svd_failures": 0.0, "projectors_kept": 0.0, "refresh_bytes": 0.0}
         number = {layer.name: j for j, layer in enumerate(ctx.layers)}
         for layer, rows in self.projectors(step, ctx):
             self._turn(number[layer.name], layer, rows, ctx)
+            self._missing.remove(layer)
         self._numbers["refresh_ms"] = 1000.0 * (time.perf_counter() - began)
 
     def projectors(self, step: int, ctx: Context) -> Iterator[tuple[LowRankFactors, torch.Tensor]]:
-        """The new projector [r, length] of every matrix of this stage that gets one, found with what is there now."""
+        """The new projectors [r, length] of matrices of this stage that lack theirs, found with what is there now."""
         late = self.config.rand_ratio < 1.0 and step >= self.config.rand_ratio * ctx.train_iters
         if not late and self.config.projector != "random":
             yield from self._leading(step, ctx)
             return
-        for layer in ctx.layers:
+        for layer in list(self._missing):
             yield layer, stiefel(layer.rank, layer.fixed[0].length.size, ctx.seed, "projector", step, layer.name)
 
     def _leading(self, step: int, ctx: Context) -> Iterator[tuple[LowRankFactors, torch.Tensor]]:
         """Probe in as many groups as there are passes; of the gradients of a group only the subspaces are left."""
-        weights, passes = folded_weights(ctx.layers), self.config.probe_passes
+        weights, passes, missing = folded_weights(ctx.layers), self.config.probe_passes, list(self._missing)
         for i in range(passes):
             group = weights[len(weights) * i // passes : len(weights) * (i + 1) // passes]
-            layers = [layer for layer in ctx.layers if layer.weight in group]
+            layers = [layer for layer in missing if layer.weight in group]
             search = ctx.state.subspace_search(layers, self.config.projector == "randomized", (ctx.seed, step))
             peak = ctx.probe(search.weights, search.take)
             yield from search.results()

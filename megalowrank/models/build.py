@@ -11,7 +11,7 @@ import torch
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import LowRankFactors, LowRankSpec, folded_weights
-from megalowrank.lowrank.fold import RESIDUAL_DTYPES
+from megalowrank.lowrank.fold import RESIDUAL_DTYPES, FrozenTensor
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters, Method
@@ -139,6 +139,8 @@ def build_model(
     chosen, matrices = _choose(config, adapters)
     module = Transformer(config, length, chosen, recompute, dtype, place)
     layers, tensors = _name(module, chosen, config)
+    if adapters is not None and adapters.frozen:
+        module.frozen = _freeze(module, layers)
     forward_dtype = forward_dtype or dtype
     source = _Source(config, method, seed, forward_dtype, initial, {matrix.name: matrix for matrix in matrices})
     for tensor in tensors:
@@ -147,6 +149,16 @@ def build_model(
         for folded in folded_weights(layers):
             folded.keep_residual(RESIDUAL_DTYPES[fold_residual])
     return BuiltModel(module, layers, tensors, method.warnings(matrices))
+
+
+def _freeze(module: Transformer, layers: Sequence[LowRankFactors]) -> list[FrozenTensor]:
+    """Take the gradient from everything but factors; what is neither a factor nor an adapted weight."""
+    adapted = {id(p) for layer in layers for p in (layer.A, layer.Bt, layer.weight.parameter)}
+    adapted |= {id(fixed.parameter) for layer in layers for fixed in layer.fixed}
+    found = [FrozenTensor(p) for p in module.parameters() if id(p) not in adapted]
+    for frozen in found:
+        frozen.parameter.requires_grad_(False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,10 +237,10 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen
 def _shapes(spec: LowRankSpec, names: Sequence[str], rows: Sequence[int], columns: int) -> list[MatrixShape]:
     """The matrices of an adapted projection; factors that are larger than their matrix are refused."""
     for name, count in zip(names, rows, strict=True):
-        if spec.rank > min(count, columns):
+        if spec.rank // spec.chunks > min(count, columns):
             raise ConfigError(
                 f"--lora-rank is larger than the matrix {name} [{count}, {columns}]",
-                spec.rank,
+                spec.rank // spec.chunks,
                 f"<= {min(count, columns)}, or a --lora-target that leaves it out",
             )
     return [MatrixShape(name, spec.rank, count, columns) for name, count in zip(names, rows, strict=True)]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalowrank.config import ModelConfig
 from megalowrank.lowrank.factors import LowRankSpec
+from megalowrank.lowrank.fold import FrozenTensor
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.models.architecture import architecture
 from megalowrank.models.layers import CausalAttention, GroupedSelfAttention, ParallelResidualLayer, rotary_angles
@@ -142,6 +143,7 @@ class Transformer(torch.nn.Module):
         super().__init__()
         shape, core, wire = architecture(config), transformer_config(config, dtype, place.wire), place.wire
         hidden = core.hidden_size
+        self.frozen: list[FrozenTensor] = []
         self.recompute, self.wire, self.place = recompute, wire, place
         self.vocabulary = share(config.vocab_size or 0, wire.rank, wire.size)
         self.embedding: Any = None

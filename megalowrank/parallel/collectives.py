@@ -18,7 +18,7 @@ def group_size(group: Any) -> int:
 
 def group_rank(group: Any) -> int:
     """This rank's number in ``group``; 0 in a single process."""
-    return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None else group.rank()
 
 
 def sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
@@ -54,9 +54,8 @@ def all_true(ok: bool, group: Any) -> bool:
 
 def device_of(group: Any) -> torch.device:
     """Where tensors for collectives of ``group`` live."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+    backend = dist.get_backend(group) if isinstance(group, dist.ProcessGroup) else group.name()
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
 def from_first_rank(compute: Callable[[], str], group: Any, rank: int) -> str:
@@ -85,7 +84,7 @@ def gather_texts(text: str, group: Any) -> list[str]:
         return [text]
     own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device_of(group))
     sizes = torch.zeros(group_size(group), dtype=torch.int64, device=own.device)
-    sizes[dist.get_rank(group)] = own.numel()
+    sizes[group_rank(group)] = own.numel()
     dist.all_reduce(sizes, group=group)
     padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=own.device)
     padded[: own.numel()] = own
@@ -100,5 +99,5 @@ def _broadcast(text: str, group: Any, rank: int) -> str:
     dist.all_reduce(size, group=group)
     if rank != 0:
         data = torch.zeros(int(size.item()), dtype=torch.uint8, device=data.device)
-    dist.broadcast(data, src=dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(data, group_src=0, group=group)
     return bytes(data.cpu().tolist()).decode()

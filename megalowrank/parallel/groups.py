@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 from megalowrank.config import ParallelConfig
 from megalowrank.errors import ConfigError
+from megalowrank.parallel.heads import Heads
 from megalowrank.parallel.wire import Wire
 
 
@@ -20,8 +21,8 @@ class Groups:
 
     ``data`` holds the ranks that hold the same part of the model, ``tensor`` those that share every layer of a
     pipeline stage, ``pipe`` one rank of every stage, ``model`` the ranks of both, ``stage`` all of this stage,
-    ``everyone`` the job. Ranks
-    count tensor-parallel ranks fastest and stages slowest: rank = (stage · data size + data rank) · tensor size + rank.
+    ``everyone`` the job, in which this rank is ``rank`` of ``world``. Ranks count tensor-parallel ranks fastest, then
+    data-parallel ones, stages and ``heads``, the groups of ranks that train apart; all other groups are inside a head.
     """
 
     data: Any
@@ -39,11 +40,12 @@ class Groups:
     rank: int
     world: int
     sequence: bool = False
+    heads: Heads | None = None
 
     def labels(self) -> dict[tuple[int, ...], str]:
         """Names of groups by their ranks, ascending; where two groups have the same ranks, the inner one's."""
         known = {
-            "world": self.everyone, "model": self.model, "stage": self.stage, "pipe": self.pipe, "data": self.data,
+            "world": dist.group.WORLD, "model": self.model, "stage": self.stage, "pipe": self.pipe, "data": self.data,
             "tensor": self.tensor,
         }  # fmt: skip
         return {tuple(sorted(dist.get_process_group_ranks(group))): name for name, group in known.items()}
@@ -51,6 +53,17 @@ class Groups:
     def wire(self) -> Wire:
         """What the linears of this rank talk over."""
         return Wire(self.tensor, self.tensor_rank, self.tensor_size, self.sequence)
+
+    @property
+    def head(self) -> int:
+        """The head that this rank belongs to."""
+        return 0 if self.heads is None else self.heads.head
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """Which part of every batch this rank reads, and how many there are: data-parallel ranks of all heads."""
+        count = 1 if self.heads is None else self.heads.count
+        return self.head * self.data_size + self.data_rank, count * self.data_size
 
     @property
     def first_of_data(self) -> bool:
@@ -86,7 +99,7 @@ class ModelParallelUnit:
 
 
 def data_parallel_size(config: ParallelConfig, world: int) -> int:
-    """Ranks that hold the same part of the model; ConfigError if the sizes do not divide ``world``."""
+    """Ranks that hold the same part of the model, of ``world`` in a head; ConfigError if the sizes do not divide it."""
     tensor, pipe = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     if world % (tensor * pipe):
         raise ConfigError(
@@ -96,8 +109,8 @@ def data_parallel_size(config: ParallelConfig, world: int) -> int:
     return world // (tensor * pipe)
 
 
-def initialize_groups(config: ParallelConfig) -> Groups:
-    """Build the process groups; every rank calls it, after torch.distributed is initialised.
+def initialize_groups(config: ParallelConfig, heads: Heads | None = None) -> Groups:
+    """Build the process groups; every rank calls it, after torch.distributed is initialised, inside each of ``heads``.
 
     A second call in one process with the same sizes returns the groups that exist; with other sizes it builds them
     anew. Raises ConfigError if the sizes do not divide the number of ranks.
@@ -129,10 +142,11 @@ def initialize_groups(config: ParallelConfig) -> Groups:
         pipe_size=dist.get_world_size(pipe),
         model=parallel_state.get_model_parallel_group(),
         stage=parallel_state.get_tensor_and_data_parallel_group(),
-        everyone=dist.group.WORLD,
-        rank=dist.get_rank(),
-        world=dist.get_world_size(),
+        everyone=dist.group.WORLD if heads is None else heads.job,
+        rank=dist.get_rank() if heads is None else heads.job_rank,
+        world=dist.get_world_size() if heads is None else heads.job_size,
         sequence=config.sequence_parallel,
+        heads=heads,
     )
 
 

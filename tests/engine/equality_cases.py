@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "relora": {"lora_rank": 5, "relora_interval": 2, "relora_reset": "magnitude", "relora_prune_ratio": 0.7},
     "golore": {"lora_rank": 5, "update_proj_gap": 2, "rand_ratio": 0.6},
     "galore": {"lora_rank": 5, "update_proj_gap": 3},
+    "lte": {"lora_rank": 5, "lte_merge_interval": 2},
 }
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]

@@ -161,6 +161,9 @@ def train(
             announced = first + len(norms)
             ctx.micro_batches = shares(attempts)
             method.before_step(announced, ctx)
+        else:
+            ctx.micro_batches = shares(attempts)
+            method.retry(announced, ctx)
         poison.armed = attempts in poison.attempts
         result = engine.train_step(shares(attempts), LR)
         attempts += 1

@@ -198,11 +198,17 @@ def dense(case: dict[str, Any], world: int, steps: int) -> Run:
     method.start(ctx)
     good = [attempt for attempt in range(STEPS + len(case["bad"])) if attempt not in case["bad"]]
     losses = []
+
+
+    def shares(attempt: int) -> Any:
+        return [[(rank, batch(attempt, m).chunk(world)[rank]) for m, rank in group] for group in order]
+
     for step, attempt in enumerate(good[:steps]):
+        ctx.micro_batches = shares(attempt)
         method.before_step(step, ctx)
-        shares: Any = [[(rank, batch(attempt, m).chunk(world)[rank]) for m, rank in group] for group in order]
-        losses.append(float(engine.train_step(shares, LR).loss))
+        losses.append(float(engine.train_step(ctx.micro_batches, LR).loss))
     if steps < STEPS:
+        ctx.micro_batches = shares(good[steps])
         method.before_step(steps, ctx)
     return Run(losses, snapshot(model, engine, method))
 

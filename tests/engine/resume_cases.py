@@ -86,9 +86,10 @@ class Process:
         rank, world = self.groups.data_rank, self.groups.data_size
         for step in range(first, last):
             before = _switched(self.method)
+            self.ctx.micro_batches = [batch(step, 0).chunk(world)[rank]]
             self.method.before_step(step, self.ctx)
             self.switches.append(_switched(self.method) - before)
-            self.losses.append(float(self.engine.train_step([batch(step, 0).chunk(world)[rank]], LR).loss))
+            self.losses.append(float(self.engine.train_step(self.ctx.micro_batches, LR).loss))
 
     def spoil(self) -> None:
         """NaN in everything that a load has to bring back, so that nothing can survive from the start."""
@@ -101,6 +102,8 @@ class Process:
             folded.locate().flat.fill_(torch.nan)
             if folded.residual is not None:
                 folded.residual.fill_(77)
+        for fixed in (fixed for layer in self.model.layers for fixed in layer.fixed):
+            fixed.locate().flat.fill_(torch.nan)
         for saved in self.method.saved_tensors():
             saved.rows.fill_(torch.nan)
         self.engine.state.clocks.births[1:] = -7

@@ -209,7 +209,7 @@ def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], wor
     for case, ranks in reports[world]:
         for report in ranks:
             least = 0.0 if "family" in case else 0.05
-            assert report["learned"] > least or case["variant"] in FEW_MERGES, case
+            assert report["learned"] > least or case["variant"] in SLOW, case
             assert report["idle"] == [], f"{case}: tensors without a gradient"
             assert report["switched"][0] == report["switched"][1]
             assert (report["switched"][0] > 20) == (case["method"] == "switchlora"), case
@@ -217,7 +217,7 @@ def test_the_runs_had_something_to_compare(reports: dict[int, list[Report]], wor
 
 
 MERGES = {"merge": 2, "merge, both masks": 2, "merge, zero": 1, "merge, random": 2, "merge, drawn B": 2}
-FEW_MERGES = set(MERGES) - {"merge"}
+SLOW = set(MERGES) - {"merge"} | {"lte"}
 ZEROED = {"merge": 0.7, "merge, both masks": 0.5, "merge, zero": 1.0, "merge, random": 0.7}
 
 

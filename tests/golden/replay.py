@@ -27,13 +27,14 @@ from megalowrank.lowrank.state import Spread
 from megalowrank.methods import METHODS, method_class
 from megalowrank.methods.base import Context, Method
 from megalowrank.methods.golore import GoLore
+from megalowrank.methods.lte import LTE
 from megalowrank.methods.relora import ReLoRA
 from megalowrank.models.architecture import LLAMA_FAMILIES, completed
 from megalowrank.models.build import BuiltModel, build_llama
 from megalowrank.models.stages import split_layers
 from megalowrank.models.transformer import Placement
 from megalowrank.parallel.groups import Groups, initialize_groups
-from tests.golden import replay_golore
+from tests.golden import replay_golore, replay_lte
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=4, vocab_size=256
@@ -99,6 +100,7 @@ def golore_settings(golden: Golden) -> dict[str, Any]:
 
 SETTINGS: dict[str, Callable[[Golden], dict[str, Any]]] = {
     "lora": lora_settings, "relora": relora_settings, "golore": golore_settings, "galore": golore_settings,
+    "lte": lambda golden: replay_lte.settings(golden.record["cfg"]),
 }  # fmt: skip
 
 
@@ -123,11 +125,18 @@ def reference_name(name: str) -> str:
     return {"embedding.weight": "embed_tokens.weight", "output.weight": "lm_head.weight"}.get(renamed, renamed)
 
 
-def build(golden: Golden, dtype: torch.dtype, groups: Groups | None = None) -> tuple[Method, BuiltModel]:
-    """The model of a run, or this rank's part of it, with its recorded initial weights and factors."""
+def build(
+    golden: Golden, dtype: torch.dtype, groups: Groups | None = None, head: int | None = None
+) -> tuple[Method, BuiltModel]:
+    """The model of a run, or this rank's part of it, with its recorded initial weights and factors.
+
+    ``head``: that of LTE's heads which is alone on this rank.
+    """
     cfg = golden.record["cfg"]
     kind = method_class(golden.family)
-    method = kind(kind.config_class(**SETTINGS.get(golden.family, lambda golden: {})(golden)))
+    flags = SETTINGS.get(golden.family, lambda golden: {})(golden)
+    method = kind(kind.config_class(**(flags if head is None else replay_lte.settings(cfg, apart=True))))
+    method.head = head or 0
     if isinstance(method, ReLoRA):
         method.redraw = partial(recorded_draw, golden)  # type: ignore[method-assign]
     if isinstance(method, GoLore):
@@ -146,6 +155,10 @@ def build(golden: Golden, dtype: torch.dtype, groups: Groups | None = None) -> t
             value = np.zeros(tensor.shape)
         assert value.shape == tensor.shape, tensor.name
         tensor.fill(torch.from_numpy(value))
+    if isinstance(method, LTE):
+        replay_lte.adapt_output(method, model)
+        factors = dict(np.load(golden.folder / f"{golden.name}_A.npz"))
+        replay_lte.fill(method, model, factors, lambda name: reference_name(f"{name}.weight")[: -len(".weight")])
     return method, model
 
 
@@ -161,6 +174,8 @@ def optimizer_of(golden: Golden, model: BuiltModel) -> VectorClockAdamW:
     cfg = golden.record["cfg"]
     if "kind" in cfg:
         return replay_golore.optimizer_of(cfg, model)
+    if "heads" in cfg:
+        return replay_lte.optimizer_of(cfg, model)
     trained = [p for p in model.module.parameters() if p.requires_grad]
     return VectorClockAdamW(trained, betas=tuple(cfg["betas"]), weight_decay=cfg["wd"])
 
@@ -186,6 +201,7 @@ def train(
         losses.append(float(engine.train_step(ctx.micro_batches, rates[update]).loss))
         if conventions:
             conventions.after(rates[update])
+    method.settle(ctx)
     return losses, float(engine.eval_step(torch.from_numpy(data["val"]).long().split(rows)))
 
 
@@ -197,7 +213,7 @@ def passes(groups: Groups | None) -> int:
 def dense(golden: Golden, dtype: torch.dtype) -> Replayed:
     """Replay without DeepSpeed."""
     method, model = build(golden, dtype)
-    clip = golden.record["cfg"].get("clip", 1.0)
+    clip = 0.0 if golden.family == "lte" else golden.record["cfg"].get("clip", 1.0)
     return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), clip))
 
 

@@ -86,9 +86,9 @@ class Launch:
 
 
 def launch_of(config: pytest.Config, tmp_path: Path) -> Launch:
-    """All runs in --golden-dir whose methods are built."""
+    """All runs in --golden-dir whose methods are built, but LTE's: a rank has a head of it, not a part of a batch."""
     folder = Path(config.getoption("--golden-dir")).absolute()
-    runs = [run for run in found_in(folder) if run.built]
+    runs = [run for run in found_in(folder) if run.built and run.family != "lte"]
     assert runs, "no run of a built method in --golden-dir"
     return Launch(runs, 0, folder, tmp_path)
 
@@ -186,6 +186,15 @@ def test_golore_variants_that_no_recorded_run_covers(name: str, tmp_path: Path) 
     losses, validation = dense(run, torch.float64)
     assert np.abs(np.subtract(losses, run.record["loss"])).max() < 1e-7
     assert validation == pytest.approx(run.record["val"], abs=1e-7)
+
+
+def test_heads_on_ranks_of_their_own(tmp_path: Path) -> None:
+    """The recorded LTE run in float64 with four processes that exchange nothing but merges."""
+    run = Golden(DATA, "lte_ddp_h4_merge5_eps_over_H")
+    payload = {"folder": str(DATA), "run": run.name, "store": str(tmp_path / "heads")}
+    for losses, validation in run_ranks("tests.golden.replay_lte:every_head", 4, payload, tmp_path):
+        assert losses == pytest.approx(run.record["loss"], abs=1e-6)
+        assert validation == pytest.approx(run.record["val"], abs=1e-6)
 
 
 def test_schedule_of_the_recorded_relora_run() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megalowrank.checkpoint.heads import without_head
 from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.errors import ConfigError
 
@@ -65,7 +66,7 @@ def kinds(checkpoint: Checkpoint) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     parameters = 0
     for name in checkpoint.names():
-        kind, slash, rest = name.partition("/")
+        kind, slash, rest = without_head(name).partition("/")
         elements, size = math.prod(checkpoint.shape(name)), checkpoint.dtype(name).itemsize
         entry = found.setdefault(kind if slash else "other", {"tensors": 0, "elements": 0, "bytes": 0})
         entry["tensors"] += 1

@@ -36,11 +36,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 def write_adapter(folder: Path, saved: SavedWeights, base: str) -> int:
     """Write adapter_model.safetensors and adapter_config.json for the model at ``base``; returns how many modules.
 
-    Raises ConfigError if the run has no factors.
+    Raises ConfigError if the run has no factors, or some that an adapter cannot express.
     """
     config = saved.model_config()
     if saved.adapters is None:
         raise ConfigError("--adapters needs a run with low-rank factors", f"--method {saved.run['method']}")
+    if saved.adapters.spec.snapshot:
+        method = f"--method {saved.run['method']}"
+        raise ConfigError("--adapters would lose the snapshots that are subtracted", method, "merged weights")
     values: dict[str, torch.Tensor] = {}
     found: dict[str, int] = {}
     for module in _modules(config):

@@ -8,6 +8,7 @@ the angles of the rotary embedding. Attention is a fused kernel that keeps no sc
 |-----------------------|--------------------------------------------------------------------------------------------|
 | norm                  | its input [n, H] and one or two numbers a token; RMSNorm on the CPU two float32 copies     |
 | column-parallel       | its input [n, H], and u [N, R] of the factors; *partial* under sequence parallelism [N, H] |
+| snapshots             | u [N, 2R], and both pairs of factors joined                                                |
 | attention             | q, k, v, rotated q and k, the output, one number a head and token; sines and cosines       |
 | activation            | its input [N, F] ([N, 2F] gated, and both sides of the product)                            |
 | row-parallel          | its input, and u: [n, R] that rides, [N, R] otherwise                                      |
@@ -122,9 +123,11 @@ def _column_input(config: ModelConfig, layout: Layout, projection: Projection) -
 
 
 def _narrow(layout: Layout, projection: Projection) -> int:
-    """u of the factors of a projection."""
+    """u of the factors of a projection, and the factors joined with their snapshots."""
     tokens = layout.own_tokens if layout.rides(projection.kind) and not projection.by_rows else layout.tokens
-    return layout.low * tokens * (projection.rank or 0) * len(projection.matrices)
+    sizes = zip(projection.matrices, local_sizes(projection, layout), strict=True)
+    joined = sum(matrix.width * (rows + columns) for matrix, (rows, columns) in sizes if matrix.snapshot)
+    return layout.low * (tokens * projection.width + joined)
 
 
 def _attention(config: ModelConfig, layout: Layout, qkv: Projection) -> int:

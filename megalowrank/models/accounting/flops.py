@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
-from megalowrank.models.accounting.shapes import Projection, all_projections
+from megalowrank.models.accounting.shapes import Matrix, Projection, all_projections
 
 # Dense tensor-core peaks in FLOP/s (no sparsity): bfloat16, and float16 for the V100, which has no bfloat16. From
 # NVIDIA's data sheets. The first pattern that fits wins; a slice of a card (MIG) is not in the table.
@@ -36,7 +36,8 @@ def flops_breakdown(
     """FLOPs per token of forward and backward by part: linear, factors, attention, output, recompute.
 
     Matrix products alone, 2·m·n per token for W [m, n]. A trained W costs 2 + 4 times m·n, a frozen one 2 + 2
-    (no gradient of W), rank-r factors 2·r·(m+n) + 4·r·(m+n). Attention is causal and counted as such: half of
+    (no gradient of W), rank-r factors 2·r·(m+n) + 2·r·(m+n) and as much again for gradients of those that are trained;
+    with snapshots r counts twice. Attention is causal and counted as such: half of
     4·S·H forward and twice that backward, S tokens long, H wide; what a fused kernel computes again in its
     backward pass is not work the model asks for. ``recompute`` repeats the forward pass of the blocks, less a plain
     down projection: torch stops before it, because nobody needs its result.
@@ -68,14 +69,21 @@ def _of_blocks(
     forward = 2.0 * sum(matrix.numel for matrix in matrices)
     backward = sum((4.0 if matrix.rank is None else 2.0) * matrix.numel for matrix in matrices)
     factors = 2.0 * sum(matrix.factors for matrix in matrices)
+    gradients = sum(factor_gradients(matrix, matrix.rows, matrix.columns) for matrix in matrices)
     attention = 2.0 * seq_length * (config.hidden_size or 0) * blocks
     skipped = 2.0 * sum(m.numel for m in matrices if m.rank is None and m.name.endswith(".down"))
     return {
         "linear": forward + backward,
-        "factors": 3.0 * factors,
+        "factors": 2.0 * factors + gradients,
         "attention": 3.0 * attention,
         "recompute": forward + factors + attention - skipped if recompute else 0.0,
     }
+
+
+def factor_gradients(matrix: Matrix, rows: float, columns: float) -> float:
+    """FLOPs per token of the gradients of A and B, whose vectors have ``columns`` and ``rows`` elements here."""
+    train_A, train_B = matrix.trained
+    return 2.0 * matrix.width * (columns * train_A + rows * train_B)
 
 
 def flops_per_token(config: ModelConfig, adapters: Adapters | None, seq_length: int, recompute: bool = False) -> float:

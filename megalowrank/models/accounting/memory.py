@@ -56,7 +56,7 @@ def predicted_bytes(config: ModelConfig, adapters: Adapters | None, layout: Layo
     residual = RESIDUAL_BYTES[layout.residual] if layout.bf16 else 0
     for part in parts:
         _add_weight(found["weights" if part.trained else "frozen W"], part.numel, layout)
-        if not part.trained:
+        if part.folded:
             kept, on_host = _folded(part.numel, layout)
             found["fold residual"].add(kept * residual, on_host)
     _add_state(found, [part.numel for part in parts if part.trained], layout)

@@ -16,6 +16,7 @@ GROUPS = ("embedding", "attention", "mlp", "norms", "output", "factors")
 class ParameterCount:
     """Elements of the model: ``adapted`` are the frozen W, ``candidates`` those of a full switching pool.
 
+    ``fixed`` are the factors without gradient: projectors and snapshots.
     ``groups`` splits the total into embedding (with learned positions), attention, mlp, norms, output (0 where it
     is the embedding) and factors. Candidates are no parameters: they count in neither.
     """
@@ -24,6 +25,7 @@ class ParameterCount:
     trainable: int
     adapted: int
     factors: int
+    fixed: int
     candidates: int
     groups: dict[str, int]
 
@@ -35,12 +37,15 @@ def count_parameters(config: ModelConfig, adapters: Adapters | None) -> Paramete
     groups["output"] = 0 if shape.tied_output else found.pop()
     groups["embedding"] = sum(found)
     groups["norms"] = (config.hidden_size or 0) * norm_vectors(config) * (2 * (config.num_layers or 0) + 1)
-    frozen = candidates = 0
+    frozen = fixed = candidates = 0
     for matrix in (matrix for fused in all_projections(config, adapters) for matrix in fused.matrices):
         groups[matrix.name.split(".")[2]] += matrix.numel + matrix.rows * shape.biases
         groups["factors"] += matrix.factors
         if matrix.rank is not None:
-            frozen += matrix.numel
+            frozen, fixed = frozen + matrix.numel, fixed + matrix.fixed
             candidates += matrix.spare * (matrix.rows + matrix.columns)
     total = sum(groups.values())
-    return ParameterCount(total, total - frozen, frozen, groups["factors"], candidates, groups)
+    trainable = total - frozen - fixed
+    if adapters is not None and adapters.frozen:
+        trainable = groups["factors"] - fixed
+    return ParameterCount(total, trainable, frozen, groups["factors"], fixed, candidates, groups)

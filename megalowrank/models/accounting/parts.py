@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
@@ -13,12 +13,15 @@ from megalowrank.models.architecture import architecture
 from megalowrank.parallel.partition import share
 
 
+_FACTORS = ("A", "B", "A_snapshot", "B_snapshot")
+
+
 @dataclass(frozen=True)
 class Part:
     """A parameter of a rank: ``numel`` elements with padding, in the module ``module``.
 
     ``vector``: it has one dimension. ``partial``: backward leaves a partial sum over tensor-parallel ranks as its
-    gradient.
+    gradient. ``folded``: it is a frozen W that folds change.
     """
 
     module: str
@@ -27,6 +30,7 @@ class Part:
     trained: bool = True
     vector: bool = False
     partial: bool = False
+    folded: bool = False
 
 
 def rank_parts(config: ModelConfig, adapters: Adapters | None, layout: Layout, stage: int = 0) -> list[Part]:
@@ -56,6 +60,8 @@ def rank_parts(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
     if last:
         found += _norm(config, layout, "norm")
         found += [] if shape.tied_output else [Part("output", "weight", table)]
+    if adapters is not None and adapters.frozen:
+        return [part if part.name in _FACTORS else replace(part, trained=False) for part in found]
     return found
 
 
@@ -73,16 +79,20 @@ def local_sizes(projection: Projection, layout: Layout) -> list[tuple[int, int]]
 
 
 def _linear(projection: Projection, layout: Layout, biases: bool) -> Iterator[Part]:
-    """W, bias, and A and Bᵀ of every matrix; the factor that is replicated may have a partial gradient."""
+    """W, bias, A and Bᵀ of every matrix, their snapshots; the factor that is replicated may have a partial gradient."""
     module, sizes = f"layers.{projection.block}.{projection.kind}", local_sizes(projection, layout)
-    rows = sum(rows for rows, _ in sizes)
-    yield Part(module, "weight", sum(rows * columns for rows, columns in sizes), trained=projection.rank is None)
+    rows, adapted = sum(rows for rows, _ in sizes), projection.rank is not None
+    yield Part(module, "weight", sum(rows * columns for rows, columns in sizes), not adapted, folded=adapted)
     if biases:
         split = layout.splits_sequence and not projection.by_rows
         yield Part(module, "bias", rows, vector=True, partial=split)
     if projection.rank is None:
         return
     partial = layout.splits_sequence or (layout.tensor_size > 1 and not layout.rides(projection.kind))
-    for out, into in sizes:
-        yield Part(module, "A", projection.rank * into, partial=partial and projection.by_rows)
-        yield Part(module, "B", projection.rank * out, partial=partial and not projection.by_rows)
+    for matrix, (out, into) in zip(projection.matrices, sizes, strict=True):
+        train_A, train_B = matrix.trained
+        yield Part(module, "A", projection.rank * into, train_A, partial=partial and projection.by_rows)
+        yield Part(module, "B", projection.rank * out, train_B, partial=partial and not projection.by_rows)
+        if matrix.snapshot:
+            yield Part(module, "A_snapshot", projection.rank * into, False)
+            yield Part(module, "B_snapshot", projection.rank * out, False)

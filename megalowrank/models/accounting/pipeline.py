@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
+from megalowrank.models.accounting.flops import factor_gradients
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.parts import local_sizes
 from megalowrank.models.accounting.shapes import Projection, all_projections
@@ -66,7 +67,7 @@ def _linear(projection: Projection, layout: Layout, again: int) -> float:
         return weight * (3 + again * (not ends))
     share_of_tokens = layout.tensor_size if layout.splits_sequence and layout.rides(projection.kind) else 1
     narrow = 0.0
-    for rows, columns in sizes:
-        replicated, split = (columns, rows) if projection.by_rows else (rows, columns)
-        narrow += 2.0 * projection.rank * (split + replicated / share_of_tokens)
-    return weight * (2 + again) + narrow * (3 + again)
+    for matrix, (rows, columns) in zip(projection.matrices, sizes, strict=True):
+        worked = (rows, columns / share_of_tokens) if projection.by_rows else (rows / share_of_tokens, columns)
+        narrow += 2.0 * matrix.width * sum(worked) * (2 + again) + factor_gradients(matrix, *worked)
+    return weight * (2 + again) + narrow

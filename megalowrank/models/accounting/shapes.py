@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalowrank.config import ModelConfig
+from megalowrank.lowrank.factors import LowRankSpec
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters
 from megalowrank.models.architecture import architecture
@@ -16,12 +17,17 @@ from megalowrank.models.projections import input_width, projections
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical matrix W [rows, columns] of a block; ``rank`` is that of its factors, None for a trained W."""
+    """A logical matrix W [rows, columns] of a block; ``rank`` is that of its factors, None for a trained W.
+
+    ``trained``: whether A and B have gradients. ``snapshot``: there is a second pair of factors without.
+    """
 
     name: str
     rows: int
     columns: int
     rank: int | None
+    trained: tuple[bool, bool] = (True, True)
+    snapshot: bool = False
 
     @property
     def numel(self) -> int:
@@ -30,8 +36,18 @@ class Matrix:
 
     @property
     def factors(self) -> int:
-        """Elements of A and B."""
-        return (self.rank or 0) * (self.rows + self.columns)
+        """Elements of A and B, and of their snapshots."""
+        return self.width * (self.rows + self.columns)
+
+    @property
+    def fixed(self) -> int:
+        """Elements of the factors without gradient."""
+        return self.factors - (self.rank or 0) * (self.columns * self.trained[0] + self.rows * self.trained[1])
+
+    @property
+    def width(self) -> int:
+        """Elements of the narrow product of a token: the rank, twice with snapshots."""
+        return (self.rank or 0) * (2 if self.snapshot else 1)
 
     @property
     def spare(self) -> int:
@@ -56,6 +72,11 @@ class Projection:
         return self.matrices[0].rank
 
     @property
+    def width(self) -> int:
+        """Elements of the narrow products of a token, all matrices together."""
+        return sum(matrix.width for matrix in self.matrices)
+
+    @property
     def by_rows(self) -> bool:
         """Whether tensor parallelism splits its output (column-parallel) and not its input (row-parallel)."""
         return self.kind not in ("attention.o", "mlp.down")
@@ -72,13 +93,20 @@ def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Proj
             logical = [f"layers.{number}.{kind.split('.')[0]}.{part}" for part, _ in parts]
             names += logical
             chosen = adapters is not None and adapted(kind, logical, adapters.patterns)
-            rank = adapters.spec.rank if adapters is not None and chosen else None
+            spec = adapters.spec if adapters is not None and chosen else None
+            sizes = zip(logical, (rows for _, rows in parts), strict=True)
             columns = input_width(config, kind)
-            matrices = tuple(Matrix(name, rows, columns, rank) for name, (_, rows) in zip(logical, parts, strict=True))
+            matrices = tuple(_matrix(name, rows, columns, spec) for name, rows in sizes)
             found.append(Projection(number, kind, matrices))
     if adapters is not None:
         check_patterns(adapters.patterns, names)
     return found
+
+
+def _matrix(name: str, rows: int, columns: int, spec: LowRankSpec | None) -> Matrix:
+    if spec is None:
+        return Matrix(name, rows, columns, None)
+    return Matrix(name, rows, columns, spec.rank, spec.trained(rows, columns), spec.snapshot)
 
 
 def tables(config: ModelConfig) -> list[int]:

@@ -83,7 +83,7 @@ def _linear(tally: Tally, projection: Projection, hidden: int) -> None:
     """The activation collectives of a fused projection; those of the forward pass again where it is recomputed."""
     layout = tally.layout
     riding = projection.rank is not None and layout.rides(projection.kind)
-    width = hidden + (projection.rank or 0) * len(projection.matrices) * riding
+    width = hidden + projection.width * riding
     forward = layout.accumulation * (2 if layout.recompute else 1)
     if not layout.splits_sequence:
         calls = layout.accumulation if projection.by_rows else forward
