@@ -46,11 +46,12 @@ data-enwik8: install
 	$(BIN)/python tools/prepare_enwik8.py --out data/enwik8 --vocab-size $(VOCAB) --cache .cache \
 	  $(if $(TOKENIZER),--tokenizer-model $(TOKENIZER))
 
+# two files of tests at a time: most of them wait for ranks of their own
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install
-	$(BIN)/python -m pytest --every-cell
+	$(BIN)/python -m pytest --every-cell -n 2 --dist loadfile
 
 test-slurm: install
 	$(BIN)/python -m pytest --slurm tests/slurm

@@ -47,8 +47,8 @@ RUNS: dict[str, tuple[str, tuple[str, str]]] = {
         "--lr-decay-style cosine_restarts --lr-restart-warmup-iters 10",
         ("2e-3", "5e-3"),
     ),
-    "golore": ("--method golore --lora-rank 16 --update-proj-gap 50", ("2e-3", "5e-3")),
-    "galore": ("--method galore --lora-rank 16 --update-proj-gap 50", ("5e-3", "1e-2")),
+    "golore": ("--method golore --lora-rank 16 --update-proj-gap 50", ("5e-3", "1e-2")),
+    "galore": ("--method galore --lora-rank 16 --update-proj-gap 50", ("1e-2", "2e-2")),
 }
 TOKENS = 16 * 256
 SHAPE = (

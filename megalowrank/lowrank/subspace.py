@@ -81,8 +81,8 @@ class SubspaceSearch:
 
     ``take`` is for a probe of ``weights``; then ``results``. Every rank of a stage makes the same calls in the same
     order; ``data`` and ``tensor`` are the stage's groups. ``key`` seeds the random start of a matrix, with its name.
-    ``failed`` counts decompositions of this rank that did not converge, ``unfit`` matrices that were not finite, and
-    ``peak`` the bytes that this rank held at once.
+    Afterwards ``failed`` counts decompositions that did not converge, ``unfit`` matrices that were not finite, both
+    over the stage, and ``peak`` the bytes that this rank held at once.
     """
 
     def __init__(
@@ -127,9 +127,11 @@ class SubspaceSearch:
         if not self._found:
             return []
         parts = [self._contribution(found) for found in self._found]
+        parts.append(parts[0].new_tensor([self.failed]))
         flat = sum_over(sum_over(torch.cat([part.view(-1) for part in parts]), self.tensor), self.data)
         split = flat.split([part.numel() for part in parts])
-        wholes = [whole.view(part.shape) for whole, part in zip(split, parts, strict=True)]
+        *wholes, failed = [whole.view(part.shape) for whole, part in zip(split, parts, strict=True)]
+        self.failed = int(failed)
         fit = [(found.layer, whole) for found, whole in zip(self._found, wholes, strict=True) if bool(whole.any())]
         self.unfit += len(wholes) - len(fit)
         self._found.clear()

@@ -27,8 +27,11 @@ from megalowrank.parallel.heads import Heads
 from megalowrank.parallel.partition import Share
 
 
-class ProbeEngine(Protocol):
+class ContextEngine(Protocol):
     """What a context asks of an engine."""
+
+    def reload(self) -> None:
+        """Bring forward copies in line with masters that were written."""
 
     def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
         """The gradients of ``weights``."""
@@ -50,7 +53,7 @@ class Context:
     data_size: int
     allocate_host: HostAllocator
     restart_offset: int = 0
-    engine: ProbeEngine | None = None
+    engine: ContextEngine | None = None
     micro_batches: Sequence[torch.Tensor] = ()
     heads: Heads | None = None
 
@@ -69,12 +72,14 @@ class Context:
 class Adapters:
     """What a method wants built: the rank and scale of the linears that ``patterns`` name.
 
-    ``frozen``: what is neither a factor nor under one is not trained either.
+    ``frozen``: what is neither a factor nor under one is not trained either; ``shared``: it is trained alike by all
+    heads.
     """
 
     spec: LowRankSpec
     patterns: tuple[str, ...]
     frozen: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,9 @@ class Method:
     def retry(self, step: int, ctx: Context) -> None:
         """Called before another attempt at update ``step``, for what ``before_step`` could not do with a bad batch."""
 
+    def after_attempt(self, applied: bool, ctx: Context) -> None:
+        """Called after every attempt at an update, whether it was ``applied`` or skipped."""
+
     def settle(self, ctx: Context) -> None:
         """Bring W to what an evaluation must see; ``unsettle`` follows it. Every rank of the job calls both."""
 
@@ -154,7 +162,10 @@ class Method:
         return None
 
     def counters(self) -> dict[str, float]:
-        """The method's own numbers for a log line, of the whole model, since the last call; every rank calls it."""
+        """The method's own numbers for a log line since the last call; every rank calls it.
+
+        They are those of the whole model, but for names that end in ``_ms`` or ``_bytes``, which are this rank's.
+        """
         return {}
 
     def candidates(self) -> str | None:

@@ -120,6 +120,8 @@ class GoLore(Method):
         for layer, rows in self.projectors(step, ctx):
             self._turn(number[layer.name], layer, rows, ctx)
             self._missing.remove(layer)
+        counted = torch.tensor([self._numbers["svd_failures"], self._numbers["projectors_kept"]])
+        self._numbers["svd_failures"], self._numbers["projectors_kept"] = ctx.state.sum_over_stages(counted).tolist()
         self._numbers["refresh_ms"] = 1000.0 * (time.perf_counter() - began)
 
     def projectors(self, step: int, ctx: Context) -> Iterator[tuple[LowRankFactors, torch.Tensor]]:
@@ -164,6 +166,6 @@ class GoLore(Method):
         return rank / 2 / self.config.update_proj_gap, 0.0, 0.0
 
     def counters(self) -> dict[str, float]:
-        """Numbers of the last refresh, if there was one; bytes and failures are those of this rank."""
+        """Numbers of the last refresh, if there was one."""
         numbers, self._numbers = self._numbers, {}
         return numbers

@@ -60,8 +60,11 @@ def special() -> Iterator[dict[str, Any]]:
             schedule = ("partial", "ride")[(m + number) // 2 % 2]
             case = {"method": method, "family": family, "layout": layout, "schedule": schedule}
             yield {**case, "recompute": True} if (m + number) % 3 == 0 else case
-    for method in ("switchlora", "relora"):
+    for method in ("switchlora", "relora", "golore"):
         yield {"method": method, "family": "llama", "layout": "pp2", "flags": {"lora_target": ["layers.0.*"]}}
+    for layout in ("tp2 sp", "pp2"):
+        flags = {"projector": "randomized", "probe_passes": 2}
+        yield {"method": "golore", "family": "neox", "layout": layout, "flags": flags}
 
 
 def low() -> Iterator[dict[str, Any]]:
@@ -156,13 +159,20 @@ def test_bfloat16(case: dict[str, Any], reports: dict[str, list[Report]]) -> Non
         assert report["counters"][0].keys() == report["counters"][1].keys()
 
 
+def of_the_model(counters: dict[str, float]) -> dict[str, float]:
+    """The numbers of a method that do not depend on the rank."""
+    return {name: value for name, value in counters.items() if not name.endswith(("_ms", "_bytes"))}
+
+
 def check(case: dict[str, Any], report: Report, tolerance: float) -> None:
     worst, (found, expected) = report["worst"], report["counters"]
     assert {kind: value for kind, value in worst.items() if not value <= tolerance} == {}
     assert worst.get("clock", 0.0) == 0.0
     assert report["learned"] > 0.05 and report["idle"] == [] and report["padding"] == 0
     assert report["starts"][0] == report["starts"][1], "the layout changed initial weights or candidates"
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert of_the_model(found) == pytest.approx(of_the_model(expected), abs=1e-6)
+    if case["method"] in ("golore", "galore"):
+        assert found["refreshes"] == 1 and found["projectors_kept"] == 0
     if case["method"] == "switchlora":
         assert found["switched_vectors"] > (200 if "flags" not in case else 100)
     if case["method"] == "relora":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megalowrank.lowrank.factors import LowRankSpec
+from megalowrank.lowrank.fold import Tap
 from megalowrank.lowrank.functions import LowRankColumnFunction, LowRankRowFunction
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from megalowrank.parallel.partition import share
@@ -68,6 +69,46 @@ def test_forward_and_backward(kind: str, groups: list[tuple[int, int]], lead: tu
     for mine, theirs in zip(own, other, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
         assert float(mine.abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("fixed", [("A",), ("B",), ("A0", "B1"), ("A", "B")], ids=str)
+def test_fixed_factors_get_no_gradient_and_change_no_other(kind: str, fixed: tuple[str, ...]) -> None:
+    """Whichever factors are trained; with grouped projections the sides may differ from matrix to matrix."""
+    given = inputs(GROUPS["grouped query"], (4,), False)
+    for side, name in (("A", "A"), ("B", "Bt")):
+        for g, factor in enumerate(given[name]):
+            if side in fixed or f"{side}{g}" in fixed:
+                factor.requires_grad_(False)
+    weights = torch.randn(4, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    own = torch.autograd.grad((function(kind, **given) * weights).sum(), leaves(given))
+    other = torch.autograd.grad((plain(**given) * weights).sum(), leaves(given))
+    assert len(own) == 7 - sum(len(GROUPS["grouped query"]) if len(name) == 1 else 1 for name in fixed)
+    for mine, theirs in zip(own, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("lead", LEADS, ids=str)
+def test_a_tap_gives_the_gradient_of_the_frozen_weight(kind: str, lead: tuple[int, ...]) -> None:
+    """And nothing but its anchor needs to be asked for; every other gradient is as without it."""
+    given = inputs(GROUPS["gate and up"], lead, True)
+    found: list[torch.Tensor] = []
+    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    y = FUNCTIONS[kind].apply(
+        given["x"], given["W"], given["bias"], SCALE, ALONE[0], Tap(anchor, found.append), anchor,
+        *given["A"], *given["Bt"],
+    )  # fmt: skip
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    torch.autograd.grad((y * weights).sum(), [anchor], retain_graph=True)
+    trained = given["W"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad((plain(**{**given, "W": trained}) * weights).sum(), [trained])
+    assert len(found) == 1
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
+    own = torch.autograd.grad((y * weights).sum(), leaves(given))
+    other = torch.autograd.grad((plain(**given) * weights).sum(), leaves(given))
+    for mine, theirs in zip(own, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def composed(x: Any, W: Any, bias: Any, A: Any, Bt: Any, dy: Any) -> list[torch.Tensor]:
