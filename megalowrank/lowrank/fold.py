@@ -128,6 +128,16 @@ class FoldedWeight(FrozenTensor):
             self._add_piece(piece, row_start, u_KM, v_KN, scale)
         piece.update_mirror()
 
+    def add_values(self, row_start: int, values_MN: torch.Tensor) -> None:
+        """Rows [row_start, row_start + M) of W += values, as far as they are here; local, no communication."""
+        piece, first = self.locate(), row_start * self.in_features
+        low, high = max(piece.start, first), min(piece.start + piece.flat.numel(), first + values_MN.numel())
+        if low < high:
+            target, added = piece.flat[low - piece.start : high - piece.start], values_MN.reshape(-1)
+            residual = None if self.residual is None else self.residual[low - piece.start : high - piece.start]
+            self._store(target, residual, added[low - first : high - first].to(target.device), add=True)
+        piece.update_mirror()
+
     def _add_piece(
         self, piece: WeightPiece, row_start: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float
     ) -> None:

@@ -295,7 +295,7 @@ def _tapped(ctx: Any, dy_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor |
     if ctx.tap is None:
         return None
     ctx.tap.take(dy_NO.t() @ x_NI)
-    return dy_NO.new_zeros(())
+    return torch.zeros_like(ctx.tap.anchor)
 
 
 def _gradient_bias(ctx: Any, dy_NO: torch.Tensor) -> torch.Tensor | None:

@@ -149,6 +149,7 @@ class OptimizerStateView:
     ) -> None:
         self.partitions, self.forward = partitions, forward
         self.group, self.masters_sharded = group, masters_sharded
+        self._factors = {id(p) for p in factors}
         self.shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in factors]
         self._spread = spread or Spread()
         everything = [FactorPlace(i, share(shape[1])) for i, shape in enumerate(self.shapes)]
@@ -230,6 +231,14 @@ class OptimizerStateView:
         piece.flat.copy_(values.reshape(-1)[piece.start : piece.start + piece.flat.numel()])
         piece.update_mirror()
 
+    def others(self) -> list[torch.Tensor]:
+        """Masters on this rank of what is no factor, as 1-D views; the engine's ``reload`` follows a write."""
+        return [
+            partition.master[fragment.offset : fragment.offset + fragment.numel]
+            for partition in self.partitions for fragment in partition.fragments
+            if id(fragment.parameter) not in self._factors
+        ]  # fmt: skip
+
     def exp_avg(self, factor: int) -> torch.Tensor:
         """exp_avg of a trained factor, [r, length], whole on every rank; one all-reduce where it is sharded."""
         whole = torch.zeros(self.shapes[factor], dtype=self.dtype, device=self.device)
@@ -281,7 +290,8 @@ class OptimizerStateView:
         self, layers: Sequence[LowRankFactors], randomized: bool, key: tuple[object, ...]
     ) -> SubspaceSearch:
         """A search for the leading subspaces of the gradients of ``layers`` over the ranks of this stage."""
-        return SubspaceSearch(layers, self.group, self._spread.tensor, randomized, key)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return SubspaceSearch(layers, self.group, self._spread.tensor, randomized, key, like)
 
     def sum_of_parts(self, values: torch.Tensor, length: Share) -> torch.Tensor:
         """Sum over tensor-parallel ranks what each made of its part of vectors of ``length``, if they are divided."""

@@ -30,10 +30,13 @@ _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def stiefel(rank: int, length: int, *key: object) -> torch.Tensor:
-    """``rank`` orthonormal rows of ``length``, uniform on the Stiefel manifold, float64; a pure function of ``key``."""
+def stiefel(rank: int, length: int, *key: object, device: torch.device | None = None) -> torch.Tensor:
+    """``rank`` orthonormal rows of ``length``, uniform on the Stiefel manifold, float64; a pure function of ``key``.
+
+    The draw does not depend on ``device``, where it is made orthonormal, but for rounding.
+    """
     gaussian = torch.randn(length, rank, dtype=torch.float64, generator=generator(*key))
-    Q, R = torch.linalg.qr(gaussian)
+    Q, R = torch.linalg.qr(gaussian.to(device or gaussian.device))
     return (Q * torch.sign(torch.diagonal(R))).t().contiguous()
 
 
@@ -79,16 +82,23 @@ class _Found:
 class SubspaceSearch:
     """Finds the leading subspaces of the gradients of ``layers``, each on the narrower side of its matrix.
 
-    ``take`` is for a probe of ``weights``; then ``results``. Every rank of a stage makes the same calls in the same
-    order; ``data`` and ``tensor`` are the stage's groups. ``key`` seeds the random start of a matrix, with its name.
-    Afterwards ``failed`` counts decompositions that did not converge, ``unfit`` matrices that were not finite, both
-    over the stage, and ``peak`` the bytes that this rank held at once.
+    ``take`` is for a probe of ``weights``, or ``draw``; then ``results``. Every rank of a stage makes the same calls in
+    the same order; ``data`` and ``tensor`` are the stage's groups. ``key`` seeds what is random, with the name of a
+    matrix; vectors come in the precision and on the device of ``like``. Afterwards ``failed`` counts decompositions
+    that did not converge, ``unfit`` matrices that were not finite, both over the stage, and ``peak`` the bytes that this
+    rank held at once.
     """
 
     def __init__(
-        self, layers: Sequence[LowRankFactors], data: Any, tensor: Any, randomized: bool, key: tuple[object, ...]
+        self,
+        layers: Sequence[LowRankFactors],
+        data: Any,
+        tensor: Any,
+        randomized: bool,
+        key: tuple[object, ...],
+        like: torch.Tensor | None = None,
     ) -> None:
-        self.weights = folded_weights(layers)
+        self.weights, self._like = folded_weights(layers), torch.empty(0) if like is None else like
         self.data, self.tensor, self.randomized, self.key = data, tensor, randomized, key
         self.failed = self.unfit = self.peak = self._held = 0
         self._layers = [[layer for layer in layers if layer.weight is weight] for weight in self.weights]
@@ -100,6 +110,15 @@ class SubspaceSearch:
             rows = gradient[layer.row_start : layer.row_start + layer.rows.real, : layer.columns.real]
             self._add(layer, rows.contiguous())
             self.peak = max(self.peak, gradient.nbytes + rows.nbytes + self._held)
+
+    def draw(self) -> None:
+        """Random subspaces instead: each is drawn by the rank that would have found it."""
+        for layer in (layer for layers in self._layers for layer in layers):
+            right = projects_rows(layer.out_features, layer.in_features)
+            found = _Found(layer, layer.in_features if right else layer.out_features)
+            if self._gives(layer):
+                found.vectors = stiefel(layer.rank, found.length, *self.key, layer.name, device=self._like.device)
+            self._found.append(found)
 
     def _add(self, layer: LowRankFactors, part: torch.Tensor) -> None:
         """``part`` [rows, columns] of the gradient of a matrix, without padding, which is overwritten."""
@@ -141,6 +160,10 @@ class SubspaceSearch:
         """The data-parallel and the tensor-parallel rank that a matrix falls to."""
         ranks = group_size(self.data)
         return layer.index % ranks, layer.index // ranks % group_size(self.tensor)
+
+    def _gives(self, layer: LowRankFactors) -> bool:
+        """Whether this rank gives what is found of a matrix to all."""
+        return (group_rank(self.data), group_rank(self.tensor)) == self._owners(layer)
 
     def _gram(self, tall: torch.Tensor, own: Share, tensor_owner: int) -> torch.Tensor:
         """tallᵀ tall of the whole matrix in float64, on ``tensor_owner``."""
@@ -185,12 +208,9 @@ class SubspaceSearch:
     def _contribution(self, found: _Found) -> torch.Tensor:
         """The vectors on the one rank that gives them to all, zeros elsewhere."""
         self._decompose(found)
-        parameter = found.layer.A
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        gives = (group_rank(self.data), group_rank(self.tensor)) == self._owners(found.layer)
-        if gives and found.vectors is not None and bool(torch.isfinite(found.vectors).all()):
-            return found.vectors.to(parameter.device, dtype)
-        return torch.zeros(found.layer.rank, found.length, dtype=dtype, device=parameter.device)
+        if self._gives(found.layer) and found.vectors is not None and bool(torch.isfinite(found.vectors).all()):
+            return found.vectors.to(self._like)
+        return self._like.new_zeros(found.layer.rank, found.length)
 
 
 def _gather_columns(part: torch.Tensor, own: Share, group: Any, owner: int) -> torch.Tensor:

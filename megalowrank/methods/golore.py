@@ -130,8 +130,9 @@ class GoLore(Method):
         if not late and self.config.projector != "random":
             yield from self._leading(step, ctx)
             return
-        for layer in list(self._missing):
-            yield layer, stiefel(layer.rank, layer.fixed[0].length.size, ctx.seed, "projector", step, layer.name)
+        search = ctx.state.subspace_search(self._missing, False, (ctx.seed, "projector", step))
+        search.draw()
+        yield from search.results()
 
     def _leading(self, step: int, ctx: Context) -> Iterator[tuple[LowRankFactors, torch.Tensor]]:
         """Probe in as many groups as there are passes; of the gradients of a group only the subspaces are left."""
