@@ -87,7 +87,7 @@ def table(found: dict[str, float], gap: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", default="llama_60m")
     parser.add_argument("--rank", type=int, default=128)
@@ -101,7 +101,6 @@ def main() -> int:
         found = measure(args, device)
     print(table(found, args.gap))
     print(json.dumps({**vars(args), "device": device.type, "seconds": found}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ class Contestant:
         optimizer = make_optimizer(self.model.module, resolved.train)
         self.engine = ZeroEngine(self.model.module, self.model.layers, optimizer, resolved.deepspeed, groups)
         allocate = host_allocator(True)
-        self.ctx = Context(self.model.layers, self.engine.state, train.seed, args.steps, 0, 1, allocate, engine=self.engine)
+        self.ctx = Context(
+            self.model.layers, self.engine.state, train.seed, args.steps, 0, 1, allocate, engine=self.engine
+        )
         self.method.start(self.ctx)
         self.watch = Stopwatch(self.engine.device)
         self.flops = flops_per_token(model, self.method.adapters(), args.seq_length)

@@ -80,12 +80,15 @@ def planned(argv: Sequence[str]) -> tuple[Estimate, argparse.Namespace]:
     model = apply_preset(config.model, None, train.seq_length, FAMILIES)
     asked = deepspeed_of(args, config)
     given = config.given - ({"lr"} if config.train.lr is None else set())
-    resolved = dsconfig.resolve(asked, train, given, args.data_parallel_size, model.hidden_size or 0)
+    method = METHODS[train.method](config.method_config)
+    heads = method.replica_groups()
+    ranks = heads * args.data_parallel_size
+    resolved = dsconfig.resolve(asked, train, given, ranks, model.hidden_size or 0, heads)
     check_layout(config.parallel, model, resolved.train, resolved.deepspeed["zero_optimization"])
     check_tensor_parallel(model, config.parallel.tensor_model_parallel_size)
-    method = METHODS[resolved.train.method](config.method_config)
     layout = layout_of(model, config.parallel, resolved, method, args.data_parallel_size, not args.cpu)
-    return estimate(model, method.adapters(), layout, reads_of(method)), args
+    plans = reads_of(method), method.between_heads, method.refresh_plan()
+    return estimate(model, method.adapters(), layout, *plans), args
 
 
 def _dashes(word: str) -> str:

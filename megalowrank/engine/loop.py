@@ -176,6 +176,7 @@ class Loop:
         """One attempt; a skipped one takes its batch with it and counts against the budget."""
         lr = learning_rate(step, self.lr, self.train) * self.method.lr_scale(step)
         result = self.engine.train_step(self.ctx.micro_batches, lr)
+        self.method.after_attempt(result.applied, self.ctx)
         self._lr = lr
         self.position.attempts += 1
         if result.applied:

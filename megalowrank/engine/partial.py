@@ -1,4 +1,4 @@
-"""Gradients that backward leaves as partial sums over tensor-parallel ranks, and the norm over those ranks.
+"""Gradients that need other ranks: partial sums over tensor-parallel ranks, what heads share; the norm over ranks.
 
 Which parameters those are is marked where the layers are built (``parallel.wire``). They are reduced once per update
 where the engine leaves gradients alone until the last backward pass is over (ZeRO-0, and ZeRO-1 without
@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megalowrank.engine.optimizer import gradients_of
 from megalowrank.parallel.collectives import group_size, sum_over
+from megalowrank.parallel.heads import Heads
 
 
 class PartialGradients:
@@ -39,8 +40,12 @@ class PartialGradients:
         for hook in self._hooks:
             hook.remove()
 
+    def _complete(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What a partial gradient is part of; it may be overwritten."""
+        return sum_over(gradient, self.group)
+
     def _reduce(self, gradient: torch.Tensor) -> torch.Tensor:
-        return sum_over(gradient.contiguous().clone(), self.group)
+        return self._complete(gradient.contiguous().clone())
 
     def _count(self, gradient: torch.Tensor) -> None:
         """Called in every backward pass; the last one of an update reduces what has added up by its end."""
@@ -56,9 +61,19 @@ class PartialGradients:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in by_dtype.values():
-            flat = sum_over(_flatten_dense_tensors(gradients), self.group)
+            flat = self._complete(_flatten_dense_tensors(gradients))
             for gradient, whole in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
                 gradient.copy_(whole)
+
+
+class SharedGradients(PartialGradients):
+    """Gives ``parameters``, which heads share, the mean of the gradients of all ``heads``."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], heads: Heads, passes: int, per_update: bool) -> None:
+        super().__init__(parameters, heads, passes, per_update)
+
+    def _complete(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.group.mean_in_order(gradient.flatten(), "a gradient that heads share").view_as(gradient)
 
 
 class NormOverRanks:

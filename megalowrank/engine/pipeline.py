@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megalowrank.engine import zero_state
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.engine.zero import bind_state, complete_partial_gradients
+from megalowrank.engine.zero import bind_state, complete_gradients
 from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.probe import Probe, Take
@@ -105,7 +105,7 @@ class PipelineEngine:
         self.device = torch.device(self.deepspeed.device)
         self.parameters = [p for p in part.parameters() if p.requires_grad]
         self.layout, self.state = bind_state(self.deepspeed, part, layers, optimizer, groups)
-        self.partial = complete_partial_gradients(part, config, groups)
+        self.completed = complete_gradients(part, config, groups)
         self._has_data = part.place.begins or part.place.ends
         self._shape: torch.Size | None = None
 
@@ -153,5 +153,6 @@ class PipelineEngine:
 
     def close(self) -> None:
         """Remove hooks, so that another engine can be built in this process."""
-        self.partial.close()
+        for gradients in self.completed:
+            gradients.close()
         self.deepspeed.destroy()

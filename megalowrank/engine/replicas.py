@@ -15,6 +15,7 @@ from megalowrank.lowrank.factors import folded_weights
 from megalowrank.models.build import BuiltModel
 from megalowrank.parallel.collectives import all_true, device_of, group_size
 from megalowrank.parallel.groups import Groups
+from megalowrank.parallel.wire import shared_parameters
 
 _VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -38,7 +39,8 @@ class ReplicaCheck:
 
     Over tensor-parallel ranks: masters, moments and forward copies of the tensors that are not split. Over
     data-parallel ranks: forward copies and frozen weights, unless the engine shards them. Over stages: a tied
-    embedding. Over heads: the weights that they share, with their residuals.
+    embedding. Over heads: the weights that they share, with their residuals, and what
+    they train alike.
     """
 
     def __init__(self, interval: int, model: BuiltModel, engine: Engine, groups: Groups, tied: bool) -> None:
@@ -94,6 +96,10 @@ class ReplicaCheck:
         for weight in folded_weights(self.model.layers):
             name = next(t.name for t in self.model.tensors if t.parameter is weight.parameter)
             yield name, hash_of(weight.value())
+        shared = {id(p) for p in shared_parameters(self.model.module)}
+        for tensor in self.model.tensors:
+            if id(tensor.parameter) in shared and not is_sharded(tensor.parameter):
+                yield tensor.name, hash_of(tensor.parameter.data)
 
 
 def _differing(hashes: Mapping[str, torch.Tensor | None], group: Any) -> str | None:

@@ -42,7 +42,9 @@ class Report:
         parallel = ParallelConfig(groups.tensor_size, groups.pipe_size, groups.sequence)
         layout = layout_of(config, parallel, resolved, method, groups.data_size, engine.device.type != "cpu")
         built = {name: "ride" if ride else "partial" for name, ride in model.module.place.ride.items()}
-        self.estimate = estimate(config, method.adapters(), replace(layout, schedules=built), reads_of(method))
+        layout = replace(layout, schedules=built)
+        plans = reads_of(method), method.between_heads, method.refresh_plan()
+        self.estimate = estimate(config, method.adapters(), layout, *plans)
         self.flops_per_token = self.estimate.flops_per_token
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self.peak_flops = peak_flops(name)
@@ -60,15 +62,16 @@ class Report:
             f"method {train.method}, ZeRO-{resolved.stage}, {precision}, "
             f"{self.groups.world} rank(s) on {self.engine.device.type}"
         )
+        heads = "" if self.groups.heads is None else f"{self.groups.heads.count} heads x "
         if self.groups.world > self.groups.data_size:
             split = " with sequence parallelism" if self.groups.sequence else ""
             lines.append(
-                f"tensor-parallel size {self.groups.tensor_size}{split} x pipeline stages {self.groups.pipe_size} "
-                f"x data-parallel size {self.groups.data_size}"
+                f"{heads}tensor-parallel size {self.groups.tensor_size}{split} x "
+                f"pipeline stages {self.groups.pipe_size} x data-parallel size {self.groups.data_size}"
             )
         lines.append(
             f"global batch {resolved.global_batch_size} = micro-batch {resolved.micro_batch_size} x accumulation "
-            f"{resolved.accumulation} x data-parallel size {self.groups.data_size}; "
+            f"{resolved.accumulation} x {heads}data-parallel size {self.groups.data_size}; "
             f"{resolved.global_batch_size * train.seq_length:,} tokens per update, "
             f"{self.flops_per_token / 1e6:.1f} MFLOP per token"
         )

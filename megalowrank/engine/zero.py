@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from megalowrank.engine import zero_state
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
-from megalowrank.engine.partial import NormOverRanks, PartialGradients
+from megalowrank.engine.partial import NormOverRanks, PartialGradients, SharedGradients
 from megalowrank.lowrank.factors import LowRankFactors, factor_parameters, factor_places, frozen_tensors
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.pool import HostAllocator
@@ -23,7 +23,7 @@ from megalowrank.lowrank.state import OptimizerStateView, Spread
 from megalowrank.parallel.collectives import mean_over
 from megalowrank.parallel.groups import Groups, ModelParallelUnit
 from megalowrank.parallel.heads import Heads, join_heads
-from megalowrank.parallel.wire import partial_parameters
+from megalowrank.parallel.wire import partial_parameters, shared_parameters
 
 
 def initialize_distributed(timeout: Any, heads: int = 1) -> Heads | None:
@@ -72,12 +72,15 @@ def bind_state(
     return layout, state
 
 
-def complete_partial_gradients(module: torch.nn.Module, config: dict[str, Any], groups: Groups) -> PartialGradients:
-    """Have the gradients that layers leave partial reduced over tensor-parallel ranks."""
+def complete_gradients(module: torch.nn.Module, config: dict[str, Any], groups: Groups) -> list[PartialGradients]:
+    """Have gradients that layers leave partial reduced over tensor-parallel ranks, and shared ones over heads."""
     zero = config["zero_optimization"]
     per_update = zero["stage"] == 0 or (zero["stage"] == 1 and not zero.get("overlap_comm", False))
     passes = config.get("gradient_accumulation_steps", 1)
-    return PartialGradients(partial_parameters(module), groups.tensor, passes, per_update)
+    found = [PartialGradients(partial_parameters(module), groups.tensor, passes, per_update)]
+    if groups.heads is not None:
+        found.append(SharedGradients(shared_parameters(module), groups.heads, passes, per_update))
+    return found
 
 
 class ZeroEngine:
@@ -109,7 +112,7 @@ class ZeroEngine:
         optimizer.guard, optimizer.clip_grad = plain, clip if plain else 0.0
         if groups.tensor_size > 1:
             optimizer.norm_over = NormOverRanks(groups.tensor)
-        self.partial = complete_partial_gradients(module, config, groups)
+        self.completed = complete_gradients(module, config, groups)
 
     def train_step(self, micro_batches: Sequence[torch.Tensor], lr: float) -> StepResult:
         """One update at learning rate ``lr``; a non-finite loss or gradient skips it on all ranks."""
@@ -153,5 +156,6 @@ class ZeroEngine:
 
     def close(self) -> None:
         """Remove hooks, so that another engine can be built in this process."""
-        self.partial.close()
+        for gradients in self.completed:
+            gradients.close()
         self.deepspeed.destroy()

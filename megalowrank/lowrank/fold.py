@@ -133,9 +133,11 @@ class FoldedWeight(FrozenTensor):
         piece, first = self.locate(), row_start * self.in_features
         low, high = max(piece.start, first), min(piece.start + piece.flat.numel(), first + values_MN.numel())
         if low < high:
-            target, added = piece.flat[low - piece.start : high - piece.start], values_MN.reshape(-1)
+            target = piece.flat[low - piece.start : high - piece.start]
             residual = None if self.residual is None else self.residual[low - piece.start : high - piece.start]
-            self._store(target, residual, added[low - first : high - first].to(target.device), add=True)
+            added = values_MN.reshape(-1)[low - first : high - first].to(target.device)
+            value = target.to(added.dtype) if residual is None else join_residual(target, residual)
+            _overwrite(target, residual, value + added)
         piece.update_mirror()
 
     def _add_piece(
@@ -165,9 +167,14 @@ class FoldedWeight(FrozenTensor):
         inside = rows[begin - first_row * columns : end - first_row * columns]
         inside.copy_(value)
         rows.view(-1, columns).addmm_(u.t(), v_KN, alpha=scale)
-        if residual is None:
-            target.copy_(inside)
-        else:
-            high, low = split_residual(inside.float(), residual.dtype)
-            target.copy_(high)
-            residual.copy_(low)
+        _overwrite(target, residual, inside)
+
+
+def _overwrite(target: torch.Tensor, residual: torch.Tensor | None, value: torch.Tensor) -> None:
+    """Store ``value`` in ``target``, and what its rounding cuts in ``residual``, if there is one."""
+    if residual is None:
+        target.copy_(value)
+        return
+    high, low = split_residual(value.float(), residual.dtype)
+    target.copy_(high)
+    residual.copy_(low)

@@ -85,8 +85,8 @@ class SubspaceSearch:
     ``take`` is for a probe of ``weights``, or ``draw``; then ``results``. Every rank of a stage makes the same calls in
     the same order; ``data`` and ``tensor`` are the stage's groups. ``key`` seeds what is random, with the name of a
     matrix; vectors come in the precision and on the device of ``like``. Afterwards ``failed`` counts decompositions
-    that did not converge, ``unfit`` matrices that were not finite, both over the stage, and ``peak`` the bytes that this
-    rank held at once.
+    that did not converge, ``unfit`` matrices that were not finite, both over the stage, and ``peak`` the bytes that
+    this rank held at once.
     """
 
     def __init__(

@@ -69,6 +69,15 @@ class Context:
 
 
 @dataclass(frozen=True)
+class RefreshPlan:
+    """A search for subspaces every ``interval`` updates, in ``passes`` probe passes; ``rotates`` momentum with them."""
+
+    interval: int
+    passes: int
+    rotates: bool
+
+
+@dataclass(frozen=True)
 class Adapters:
     """What a method wants built: the rank and scale of the linears that ``patterns`` name.
 
@@ -172,6 +181,10 @@ class Method:
         """Where spare vectors are kept: host, device, or None if the method has none."""
         return None
 
+    def refresh_plan(self) -> RefreshPlan | None:
+        """When subspaces change, for planning; None if there are none."""
+        return None
+
     def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
         """Vectors of A, and as many of Bᵀ, that an update reads of a matrix of these sizes, for planning.
 
@@ -179,6 +192,13 @@ class Method:
         another.
         """
         return 0.0, 0.0, 0.0
+
+    def between_heads(self, rows: int, columns: int, itemsize: int) -> float:
+        """Bytes that cross to a rank from other heads for a matrix of which it has this part, per update on average.
+
+        ``itemsize`` is that of the forward pass.
+        """
+        return 0.0
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by category, beside weights and optimizer state."""

@@ -35,7 +35,7 @@ from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec, folded_weights, projects_rows
 from megalowrank.lowrank.subspace import stiefel
 from megalowrank.lowrank.vectors import VectorSet
-from megalowrank.methods.base import Adapters, Context, Method
+from megalowrank.methods.base import Adapters, Context, Method, RefreshPlan
 
 _NONE = VectorSet.whole([], [], [])
 
@@ -162,9 +162,12 @@ class GoLore(Method):
         if self.config.proj_momentum == "rotate":
             state.rotate(2 * j + right, state.sum_of_parts(new.to(state.dtype) @ old.t(), fixed.length))
 
-    def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
-        """The trained factor once a gap, which is half of both."""
-        return rank / 2 / self.config.update_proj_gap, 0.0, 0.0
+    def refresh_plan(self) -> RefreshPlan | None:
+        """Searches; random subspaces cost next to nothing."""
+        if self.config.projector == "random" or self.config.rand_ratio == 0.0:
+            return None
+        rotates = self.config.proj_momentum == "rotate"
+        return RefreshPlan(self.config.update_proj_gap, self.config.probe_passes, rotates)
 
     def counters(self) -> dict[str, float]:
         """Numbers of the last refresh, if there was one."""

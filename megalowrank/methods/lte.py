@@ -21,16 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
 from megalowrank.config import ParallelConfig, TrainConfig, above, at_least, flag
-from megalowrank.errors import ConfigError
+from megalowrank.errors import ConfigError, TrainingError
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec, folded_weights
 from megalowrank.lowrank.subspace import stiefel
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.base import Adapters, Context, Method
+from megalowrank.methods.lte_merge import Pair, blocks, fold_mean, merge_bytes, vectors_of
 
 _NONE = VectorSet.whole([], [], [])
 
@@ -46,6 +46,11 @@ class LTEConfig:
     )
     lte_heads: int = flag(1, "groups of ranks that train apart between merges", unit="heads", free=True)
     lte_merge_interval: int = flag(10, "updates between merges", unit="updates")
+    lte_plain: str = flag(
+        "frozen",
+        "parameters without factors: not trained, averaged over heads at merges, or trained alike with one gradient",
+        choices=("frozen", "averaged", "synchronous"),
+    )
     lte_heads_per_rank: int = flag(
         1, "heads that share a rank, each with its part of every micro-batch; for study, it saves nothing", unit="heads"
     )
@@ -70,10 +75,22 @@ class LTE(Method):
         return self.config.lte_heads
 
     def check_run(self, micro_batch_size: int, train: TrainConfig, parallel: ParallelConfig) -> None:
-        """What heads that share a rank cannot do."""
+        """What heads that share a rank, or train something alike, cannot do."""
+        if self.config.lte_plain == "synchronous" and self.config.lte_heads > 1 and train.clip_grad > 0:
+            raise ConfigError(
+                "--lte-plain synchronous cannot clip: every head has its own norm, so that they would drift apart",
+                train.clip_grad,
+                "--clip-grad 0",
+            )
         count = self.config.lte_heads_per_rank
         if count == 1:
             return
+        if self.config.lte_plain == "averaged":
+            raise ConfigError(
+                "--lte-heads-per-rank has one copy of parameters without factors, and nothing to average",
+                "--lte-plain averaged",
+                "frozen, synchronous",
+            )
         if parallel.tensor_model_parallel_size > 1:
             raise ConfigError(
                 "--lte-heads-per-rank is for study, without tensor parallelism",
@@ -82,16 +99,23 @@ class LTE(Method):
             )
         if train.clip_grad > 0:
             raise ConfigError(
-                "--lte-heads-per-rank cannot clip: the norm would be that of several heads", train.clip_grad, "--clip-grad 0"
+                "--lte-heads-per-rank cannot clip: the norm would be that of several heads",
+                train.clip_grad,
+                "--clip-grad 0",
             )
         if micro_batch_size % count:
-            raise ConfigError("--lte-heads-per-rank must divide the micro-batch", f"{count} and {micro_batch_size} samples")
+            raise ConfigError(
+                "--lte-heads-per-rank must divide the micro-batch", f"{count} and {micro_batch_size} samples"
+            )
 
     def adapters(self) -> Adapters:
         rank = self.config.lora_rank
         count = self.config.lte_heads_per_rank
         spec = LowRankSpec(count * rank, self.config.lora_alpha / rank, snapshot=True, chunks=count)
-        return Adapters(spec, tuple(self.config.lora_target or ("*",)), frozen=True)
+        plain = self.config.lte_plain
+        return Adapters(
+            spec, tuple(self.config.lora_target or ("*",)), frozen=plain == "frozen", shared=plain == "synchronous"
+        )
 
     def initial_factors(
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
@@ -118,35 +142,35 @@ class LTE(Method):
         if step == 0 or step % self.config.lte_merge_interval:
             return
         before = 0 if ctx.heads is None else ctx.heads.received
-        for first, layers in _blocks(ctx.layers):
+        for first, layers in blocks(ctx.layers):
             self._merge(first, layers, ctx, f"the merge before update {step + 1}")
             if self.config.lte_reset:
                 self._reset(first, layers, ctx, step)
             else:
                 self._remember(first, layers, ctx)
+        self._average(ctx, f"the merge before update {step + 1}")
         self._merges += 1
         self._received += 0 if ctx.heads is None else ctx.heads.received - before
 
     def _merge(self, first: int, layers: Sequence[LowRankFactors], ctx: Context, what: str) -> None:
         """W of some matrices, of which ``first`` is the number of the first, takes the mean of all heads."""
-        count = self.config.lte_heads_per_rank * (1 if ctx.heads is None else ctx.heads.count)
-        own = torch.cat((*self._factors(first, layers, ctx), *self._snapshots(layers, ctx)))
-        traveling = own.to(ctx.state.forward.dtype)
-        everyone = [traveling] if ctx.heads is None else ctx.heads.gather(traveling, what)
-        sizes = [layer.rank * length.padded for layer in layers for length in (layer.columns, layer.rows)] * 2
-        parts = [packed.to(ctx.state.dtype).split(sizes) for packed in everyone]
+        (packed,) = self._factors(first, layers, ctx)
+        sizes = [layer.rank * length.padded for layer in layers for length in (layer.columns, layer.rows)]
+        now = packed.split(sizes)
+        before = [] if self.config.lte_reset else list(self._snapshots(layers, ctx))
+        pairs: list[Pair] = []
         for i, layer in enumerate(layers):
-            u, v = [], []
-            for head in parts:
-                A, Bt, old_A, old_Bt = (head[k].view(layer.rank, -1) for k in _places(i, len(layers)))
-                u += [Bt, -old_Bt]
-                v += [A, old_A]
-            layer.weight.add(layer.row_start, torch.cat(u), torch.cat(v), layer.scale / count)
+            A, Bt = (values.view(layer.rank, -1) for values in now[2 * i : 2 * i + 2])
+            if not self.config.lte_reset:
+                old_A, old_Bt = (values.view(layer.rank, -1) for values in before[2 * i : 2 * i + 2])
+                A, Bt = torch.cat((A, old_A)), torch.cat((Bt, -old_Bt))
+            pairs.append((A, Bt))
+        fold_mean(layers, pairs, ctx, self.config.lte_heads_per_rank, what)
 
     def _factors(self, first: int, layers: Sequence[LowRankFactors], ctx: Context) -> tuple[torch.Tensor]:
         """A and Bᵀ of this head, matrix by matrix, as the forward pass sees them."""
         empty = torch.empty(0, dtype=ctx.state.dtype, device=ctx.state.device)
-        return (ctx.state.read(_NONE, _vectors(first, layers), empty)[1],)
+        return (ctx.state.read(_NONE, vectors_of(first, layers), empty)[1],)
 
     def _snapshots(self, layers: Sequence[LowRankFactors], ctx: Context) -> Iterator[torch.Tensor]:
         for layer in layers:
@@ -163,12 +187,34 @@ class LTE(Method):
 
     def _reset(self, first: int, layers: Sequence[LowRankFactors], ctx: Context, step: int) -> None:
         """New A, B = 0, no moments, a new clock; snapshots are 0 and stay so."""
-        vectors, dtype = _vectors(first, layers), ctx.state.forward.dtype
+        vectors, dtype = vectors_of(first, layers), ctx.state.forward.dtype
         drawn = [layer.own(*self.drawn(layer, ctx.seed, dtype, step)) for layer in layers]
         values = torch.cat([factor.flatten() for pair in drawn for factor in pair])
         ctx.state.write(vectors, values.to(ctx.state.device, ctx.state.dtype))
         ctx.state.zero(vectors)
         ctx.state.restart_clock(vectors)
+
+    def after_attempt(self, applied: bool, ctx: Context) -> None:
+        """What heads train alike they must skip alike."""
+        if ctx.heads is None or self.config.lte_plain != "synchronous":
+            return
+        found = ctx.heads.numbers(float(applied), "an update")
+        if len(set(found)) > 1:
+            skipped = " and ".join(str(head) for head, done in enumerate(found) if not done)
+            raise TrainingError(
+                f"head {skipped} alone skipped an update, which --lte-plain synchronous cannot go on from"
+            )
+
+    def _average(self, ctx: Context, what: str) -> None:
+        """Masters of parameters without factors take their mean over heads; moments stay."""
+        if ctx.heads is None or ctx.engine is None or self.config.lte_plain != "averaged":
+            return
+        masters = ctx.state.others()
+        if masters:
+            mean = ctx.heads.mean_in_order(torch.cat([master.to(ctx.state.device) for master in masters]), what)
+            for master, values in zip(masters, mean.split([master.numel() for master in masters]), strict=True):
+                master.copy_(values)
+        ctx.engine.reload()
 
     def settle(self, ctx: Context) -> None:
         """Fold in the mean of what heads have learned since the merge; what there was is kept on the host."""
@@ -176,13 +222,16 @@ class LTE(Method):
             stored = [weight.locate().flat] + ([] if weight.residual is None else [weight.residual])
             self._kept.append(tuple(tensor.to("cpu", copy=True) for tensor in stored))
         self._kept.append(tuple(values.cpu() for values in self._snapshots(ctx.layers, ctx)))
-        for first, layers in _blocks(ctx.layers):
+        masters = ctx.state.others() if self.config.lte_plain == "averaged" else []
+        self._kept.append(tuple(master.to("cpu", copy=True) for master in masters))
+        for first, layers in blocks(ctx.layers):
             self._merge(first, layers, ctx, "an evaluation")
             self._remember(first, layers, ctx)
+        self._average(ctx, "an evaluation")
 
     def unsettle(self, ctx: Context) -> None:
         """Take it back, bit by bit."""
-        *weights, snapshots = self._kept
+        *weights, snapshots, others = self._kept
         self._kept = []
         for weight, kept in zip(folded_weights(ctx.layers), weights, strict=True):
             piece = weight.locate()
@@ -193,34 +242,24 @@ class LTE(Method):
         fixed = [factor for layer in ctx.layers for factor in layer.fixed]
         for factor, values in zip(fixed, snapshots, strict=True):
             ctx.state.write_fixed(factor, values)
+        if ctx.heads is not None and ctx.engine is not None and self.config.lte_plain == "averaged":
+            for master, values in zip(ctx.state.others(), others, strict=True):
+                master.copy_(values)
+            ctx.engine.reload()
 
     def planned_reads(self, rank: int, out_features: int, in_features: int) -> tuple[float, float, float]:
         """Forward copies of all vectors, once an interval."""
         return 0.0, rank / self.config.lte_merge_interval, 0.0
+
+    def between_heads(self, rows: int, columns: int, itemsize: int) -> float:
+        """The cheaper way to merge, once an interval."""
+        vectors = self.config.lora_rank * self.config.lte_heads_per_rank * (1 if self.config.lte_reset else 2)
+        return (
+            min(merge_bytes(vectors, rows, columns, self.config.lte_heads, itemsize)) / self.config.lte_merge_interval
+        )
 
     def counters(self) -> dict[str, float]:
         """Merges, and the bytes that this rank received from other heads for them."""
         found = {"merges": float(self._merges), "merge_bytes": float(self._received)}
         self._merges, self._received = 0, 0
         return found
-
-
-def _blocks(layers: Sequence[LowRankFactors]) -> Iterator[tuple[int, list[LowRankFactors]]]:
-    """The matrices of every block of the model with the number of the first: what travels at once."""
-    first = 0
-    for _, found in groupby(layers, key=lambda layer: layer.name.split(".")[1]):
-        block = list(found)
-        yield first, block
-        first += len(block)
-
-
-def _vectors(first: int, layers: Sequence[LowRankFactors]) -> VectorSet:
-    """All vectors of A and Bᵀ of consecutive matrices, of which ``first`` is the number of the first."""
-    ranks = [layer.rank for layer in layers for _ in "AB"]
-    lengths = [length.padded for layer in layers for length in (layer.columns, layer.rows)]
-    return VectorSet.whole(list(range(2 * first, 2 * first + len(lengths))), ranks, lengths)
-
-
-def _places(i: int, count: int) -> tuple[int, int, int, int]:
-    """Where A, Bᵀ, A' and B'ᵀ of matrix ``i`` of ``count`` are in what a head sends."""
-    return 2 * i, 2 * i + 1, 2 * (count + i), 2 * (count + i) + 1

@@ -20,6 +20,7 @@ from megalowrank.models.projections import input_width, projections
 from megalowrank.models.transformer import Chosen, Placement, Transformer
 from megalowrank.parallel.partition import Share, share
 from megalowrank.parallel.rng import generator
+from megalowrank.parallel.wire import mark_shared
 
 PARTS = {
     "attention": ("self_attention.linear_qkv", "self_attention.linear_proj"),
@@ -140,7 +141,10 @@ def build_model(
     module = Transformer(config, length, chosen, recompute, dtype, place)
     layers, tensors = _name(module, chosen, config)
     if adapters is not None and adapters.frozen:
-        module.frozen = _freeze(module, layers)
+        module.frozen = [FrozenTensor(p.requires_grad_(False)) for p in _others(module, layers)]
+    if adapters is not None and adapters.shared:
+        for parameter in _others(module, layers):
+            mark_shared(parameter)
     forward_dtype = forward_dtype or dtype
     source = _Source(config, method, seed, forward_dtype, initial, {matrix.name: matrix for matrix in matrices})
     for tensor in tensors:
@@ -151,14 +155,11 @@ def build_model(
     return BuiltModel(module, layers, tensors, method.warnings(matrices))
 
 
-def _freeze(module: Transformer, layers: Sequence[LowRankFactors]) -> list[FrozenTensor]:
-    """Take the gradient from everything but factors; what is neither a factor nor an adapted weight."""
+def _others(module: Transformer, layers: Sequence[LowRankFactors]) -> list[Any]:
+    """The parameters that are neither factors nor under them."""
     adapted = {id(p) for layer in layers for p in (layer.A, layer.Bt, layer.weight.parameter)}
     adapted |= {id(fixed.parameter) for layer in layers for fixed in layer.fixed}
-    found = [FrozenTensor(p) for p in module.parameters() if id(p) not in adapted]
-    for frozen in found:
-        frozen.parameter.requires_grad_(False)
-    return found
+    return [p for p in module.parameters() if id(p) not in adapted]
 
 
 @dataclass(frozen=True)

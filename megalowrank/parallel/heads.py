@@ -79,12 +79,16 @@ class Heads:
             total += part
         return torch.cat(self.gather(total.div_(self.count), what))[: flat.numel()]
 
-    def mean(self, value: float, what: str) -> float:
-        """The mean of a number over heads, on the host; the same on every head. Errors as of ``gather``."""
+    def numbers(self, value: float, what: str) -> list[float]:
+        """A number of every head, by head, on the host. Errors as of ``gather``."""
         own = torch.tensor([value], dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.count)]
         self.wait(self.arrive(lambda: self.host.allgather([found], [own])), what)
-        return float(torch.cat(found).mean())
+        return torch.cat(found).tolist()
+
+    def mean(self, value: float, what: str) -> float:
+        """The mean of a number over heads; the same on every head."""
+        return sum(self.numbers(value, what)) / self.count
 
     def arrive(self, begin: Callable[[], Any]) -> Any:
         """Begin a collective that crosses heads, and leave word in the store that this rank came to it."""

@@ -30,6 +30,7 @@ class Wire:
 
 
 _PARTIAL = "megalowrank_partial_gradient"
+_SHARED = "megalowrank_shared_by_heads"
 
 
 def mark_partial(parameter: torch.nn.Parameter) -> None:
@@ -40,3 +41,13 @@ def mark_partial(parameter: torch.nn.Parameter) -> None:
 def partial_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The marked parameters of ``module`` that are trained, each once, in the order of the module."""
     return [p for p in module.parameters() if p.requires_grad and hasattr(p, _PARTIAL)]
+
+
+def mark_shared(parameter: torch.nn.Parameter) -> None:
+    """Say that ``parameter`` is the same in all heads, which train apart otherwise, and so must its gradient be."""
+    setattr(parameter, _SHARED, True)
+
+
+def shared_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of ``module`` that are marked so, each once, in the order of the module."""
+    return [p for p in module.parameters() if p.requires_grad and hasattr(p, _SHARED)]

@@ -80,12 +80,16 @@ def reference(case: dict[str, Any]) -> dict[str, Any]:
         DenseEngine(m.module, m.layers, make_optimizer(m.module, train_config()), case.get("clip", 0.0)) for m in models
     ]
     interval, losses = {**FLAGS, **case.get("flags", {})}["lte_merge_interval"], []
+    plain = case.get("flags", {}).get("lte_plain", "frozen")
     snapshots = [[torch.zeros(layer.out_features, layer.in_features) for layer in model.layers] for model in models]
     for step in range(STEPS):
         if step and step % interval == 0:
             snapshots = merge(models, snapshots)
-        found = [engine.train_step(tokens_of(step, case, h), LR).loss for h, engine in enumerate(engines)]
-        losses.append(float(torch.stack(found).mean()))
+        losses.append(float(torch.stack([backward(m, tokens_of(step, case, h)) for h, m in enumerate(models)]).mean()))
+        if plain == "synchronous":
+            average([[p.grad for p in others(model)] for model in models])
+        for engine in engines:
+            engine.train_step([], LR)
     tensors: Tensors = {}
     for head, ((method, model), engine) in enumerate(zip(built, engines, strict=True)):
         for name, tensor in logical(RunTensors(model, engine.state, method, alone()), 1).items():
@@ -97,6 +101,29 @@ def tokens_of(step: int, case: dict[str, Any], head: int) -> list[torch.Tensor]:
     return [tokens.chunk(case["heads"])[head] for tokens in batch(step)]
 
 
+def backward(model: BuiltModel, micro_batches: list[torch.Tensor]) -> torch.Tensor:
+    """Leave the gradient of the mean loss in the parameters."""
+    losses = [model.module(tokens) / len(micro_batches) for tokens in micro_batches]
+    for loss in losses:
+        loss.backward()
+    return torch.stack(losses).sum().detach()
+
+
+def others(model: BuiltModel) -> list[torch.nn.Parameter]:
+    """Trained parameters that are no factors."""
+    factors = {id(p) for layer in model.layers for p in (layer.A, layer.Bt)}
+    return [p for p in model.module.parameters() if p.requires_grad and id(p) not in factors]
+
+
+@torch.no_grad()
+def average(tensors: list[list[torch.Tensor]]) -> None:
+    """Give every head the mean of all, tensor by tensor."""
+    for same in zip(*tensors, strict=True):
+        mean = torch.stack(list(same)).mean(0)
+        for tensor in same:
+            tensor.copy_(mean)
+
+
 def product(model: BuiltModel, index: int) -> torch.Tensor:
     """s · B A of a matrix as it is now."""
     layer = model.layers[index]
@@ -105,7 +132,11 @@ def product(model: BuiltModel, index: int) -> torch.Tensor:
 
 @torch.no_grad()
 def merge(models: list[BuiltModel], snapshots: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The mean of what heads have learned goes into W of all; returns what is subtracted from now on."""
+    """The mean of what heads have learned goes into W of all; returns what is subtracted from now on.
+
+    The rest is averaged.
+    """
+    average([[p.data for p in others(model)] for model in models])
     found = [[product(model, i) for i in range(len(model.layers))] for model in models]
     for i in range(len(models[0].layers)):
         mean = sum(found[h][i] - snapshots[h][i] for h in range(len(models))) / len(models)
@@ -377,3 +408,20 @@ def loss_of(model: Transformer) -> float:
     """Of the first batch."""
     model.eval()
     return float(torch.stack([model(tokens) for tokens in batch(0)]).mean())
+
+
+def skip_alone(payload: dict[str, Any]) -> str:
+    """What is said when one head skips an update and what heads share was to be trained alike. Collective."""
+    heads = join(payload)
+    case = {"heads": heads.count, "layout": {"stage": 1}, "flags": {"lte_plain": "synchronous"}}
+    run = Headed.start(case, heads)
+    if heads.head == 1:
+        run.model.layers[2].Bt.register_hook(lambda gradient: gradient + torch.inf)
+    result = run.engine.train_step(run.shares(0), LR)
+    try:
+        run.method.after_attempt(result.applied, run.ctx)
+    except TrainingError as error:
+        return f"{result.applied} {error}"
+    finally:
+        run.end()
+    return "nothing was said"

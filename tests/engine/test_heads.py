@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megalowrank.checkpoint.weights import SavedWeights
+from megalowrank.methods.lte_merge import merge_bytes
 from megalowrank.parallel.groups import initialize_single_process
 from tests.engine import head_cases
 from tests.harness import run_ranks
@@ -18,12 +19,23 @@ TWO: list[dict[str, Any]] = [
     {"layout": {"stage": 1}, "clip": 0.3},
     {"layout": {"stage": 2}, "bf16": True},
     {"layout": {"stage": 1}, "flags": {"lte_merge_interval": 1}},
+    *({"layout": {"stage": stage}, "flags": {"lora_rank": 4}} for stage in (1, 3)),
+    {"layout": {"stage": 2}, "flags": {"lora_rank": 6}, "bf16": True},
+    *({"layout": {"stage": stage}, "flags": {"lte_plain": "averaged"}} for stage in range(4)),
+    *({"layout": {"stage": stage}, "flags": {"lte_plain": "synchronous"}} for stage in range(4)),
 ]
 FOUR: list[dict[str, Any]] = [
     *({"layout": {"dp": 2, "stage": stage}} for stage in range(4)),
     *({"layout": {"tp": 2, "stage": stage}} for stage in range(4)),
     {"layout": {"tp": 2, "sp": True, "stage": 1}},
     {"layout": {"pp": 2, "stage": 1}},
+    {"layout": {"dp": 2, "stage": 2}, "flags": {"lte_plain": "averaged"}, "clip": 0.3},
+    {"layout": {"tp": 2, "sp": True, "stage": 1}, "flags": {"lte_plain": "averaged"}},
+    {"layout": {"dp": 2, "stage": 3}, "flags": {"lora_rank": 6}},
+    {"layout": {"tp": 2, "stage": 1}, "flags": {"lora_rank": 4}},
+    {"layout": {"dp": 2, "stage": 3}, "flags": {"lte_plain": "synchronous"}},
+    {"layout": {"tp": 2, "stage": 2}, "flags": {"lte_plain": "synchronous"}},
+    {"layout": {"pp": 2, "stage": 1}, "flags": {"lte_plain": "synchronous"}},
 ]
 RESUMED: list[dict[str, Any]] = [
     {"layout": {"dp": 2, "stage": 1}, "cuts": [3]},
@@ -31,7 +43,9 @@ RESUMED: list[dict[str, Any]] = [
     {"layout": {"pp": 2, "stage": 1}, "cuts": [5]},
     {"layout": {"tp": 2, "stage": 2}, "cuts": [2, 3]},
     {"layout": {"dp": 2, "stage": 1}, "cuts": [3], "flags": {"lte_reset": True}},
+    {"layout": {"dp": 2, "stage": 2}, "cuts": [3], "flags": {"lte_plain": "averaged"}},
 ]
+SHAPES = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "gate": (21, 16), "up": (21, 16), "down": (16, 21)}
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -124,3 +138,21 @@ def test_weights_of_a_checkpoint_are_those_of_all_heads(
     initialize_single_process(str(tmp_path / "store"))
     model = head_cases.plain_model(SavedWeights.open(saved))
     assert head_cases.loss_of(model) == pytest.approx(two[0]["evaluated"], abs=1e-6)
+
+
+def test_a_head_that_skips_alone_what_is_trained_alike_ends_the_run(tmp_path: Path) -> None:
+    found = run_ranks(f"{CASES}:skip_alone", 2, {"heads": 2, "folder": str(tmp_path)}, tmp_path)
+    said = "head 1 alone skipped an update, which --lte-plain synchronous cannot go on from"
+    assert found == [f"True {said}", f"False {said}"]
+
+
+@pytest.mark.parametrize("case", [TWO[0], TWO[5], TWO[7], FOUR[4]], ids=name_of)
+def test_the_bytes_of_a_merge_are_those_planned(case: dict[str, Any], compared: dict[str, list[Any]]) -> None:
+    """Every matrix in the cheaper way; W, A and Bᵀ of the last MLP product are divided by tensor-parallel ranks."""
+    rank, tensor = case.get("flags", {}).get("lora_rank", 3), case["layout"].get("tp", 1)
+    size = 2 if case.get("bf16") else 4
+    expected = 0.0
+    for name, (out, into) in SHAPES.items():
+        rows, columns = (out, -(-into // tensor)) if name in ("o", "down") else (-(-out // tensor), into)
+        expected += 2 * min(merge_bytes(2 * rank, rows, columns, 2, size))
+    assert compared[name_of(case)][0]["counters"]["merge_bytes"] == pytest.approx(3 * expected, rel=0.02)

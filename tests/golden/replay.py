@@ -67,6 +67,11 @@ class Golden:
         return "relora" if cfg["merge"] else "lora"
 
     @property
+    def clip(self) -> float:
+        """The largest gradient norm; 0 clips nothing."""
+        return 0.0 if self.family == "lte" else self.record["cfg"].get("clip", 1.0)
+
+    @property
     def built(self) -> bool:
         return self.family in METHODS
 
@@ -213,8 +218,8 @@ def passes(groups: Groups | None) -> int:
 def dense(golden: Golden, dtype: torch.dtype) -> Replayed:
     """Replay without DeepSpeed."""
     method, model = build(golden, dtype)
-    clip = 0.0 if golden.family == "lte" else golden.record["cfg"].get("clip", 1.0)
-    return train(golden, method, model, DenseEngine(model.module, model.layers, optimizer_of(golden, model), clip))
+    engine = DenseEngine(model.module, model.layers, optimizer_of(golden, model), golden.clip)
+    return train(golden, method, model, engine)
 
 
 def divided(payload: dict[str, Any]) -> list[Replayed]:
@@ -229,31 +234,31 @@ def divided(payload: dict[str, Any]) -> list[Replayed]:
         golden = Golden(Path(payload["folder"]), name)
         method, model = build(golden, torch.float64 if stage is None else torch.float32, groups)
         make = exact_engine if stage is None else partial(zero_engine, stage=stage)
-        engine = make(model, optimizer_of(golden, model), groups)
+        engine = make(model, optimizer_of(golden, model), groups, golden.clip)
         results.append(train(golden, method, model, engine, groups, payload["updates"]))
         if stage is not None:
             engine.close()
     return results
 
 
-def exact_engine(model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups) -> DenseEngine:
+def exact_engine(model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups, clip: float) -> DenseEngine:
     """An engine in float64, which DeepSpeed does not have."""
     assert groups.data_size == groups.pipe_size == 1
     spread = Spread(factor_places(model.layers, groups.tensor_rank), groups.tensor)
-    engine = DenseEngine(model.module, model.layers, optimizer, 1.0, spread)
+    engine = DenseEngine(model.module, model.layers, optimizer, clip, spread)
     optimizer.norm_over = NormOverRanks(groups.tensor)
     return engine
 
 
 def zero_engine(
-    model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups, *, stage: int
+    model: BuiltModel, optimizer: VectorClockAdamW, groups: Groups, clip: float, *, stage: int
 ) -> ZeroEngine | PipelineEngine:
     """The engine of a training run."""
     settings = {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 16 // groups.data_size // passes(groups),
         "gradient_accumulation_steps": passes(groups),
-        "gradient_clipping": 1.0,
+        "gradient_clipping": clip,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -52,7 +52,7 @@ def train(case: dict[str, Any], groups: Groups, probes: bool) -> tuple[list[floa
             found: dict[str, torch.Tensor] = {}
             for group in (weights[:3], weights[3:]):
                 chosen = [names[id(weight)] for weight in group]
-                engine.probe(own, group, lambda i, g, chosen=chosen: found.update({chosen[i]: g}))
+                engine.probe(own, group, lambda i, g, into=found, chosen=chosen: into.update({chosen[i]: g}))
             first = first or found
         result = engine.train_step(own, 1e-2)
         losses += [float(result.loss), float(result.grad_norm)]

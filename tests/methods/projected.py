@@ -44,9 +44,7 @@ class OneMatrix(torch.nn.Module):
         tap, layer = self.layer.weight.tap, self.layer
         anchor = None if tap is None else tap.anchor
         eye = torch.eye(layer.in_features, dtype=torch.float64)
-        return LowRankColumnFunction.apply(
-            eye, self.W, None, layer.scale, Wire(), tap, anchor, self.A, self.Bt
-        ).t()
+        return LowRankColumnFunction.apply(eye, self.W, None, layer.scale, Wire(), tap, anchor, self.A, self.Bt).t()
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.loss(self.whole(), batch)

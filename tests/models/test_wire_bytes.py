@@ -12,6 +12,7 @@ from megalowrank.models.accounting.activations import kept_by_micro_batch
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.memory import predicted_bytes
 from megalowrank.models.accounting.pipeline import rank_flops
+from megalowrank.models.accounting.refresh import refresh_of
 from megalowrank.models.accounting.tally import group_name
 from megalowrank.models.accounting.wire import wire_bytes
 from tests.harness import run_ranks
@@ -87,6 +88,52 @@ def check(cases: list[Case], world: int, tmp_path: Path) -> None:
         if (found := differences(case, world, results[number]))
     ]  # fmt: skip
     assert not wrong, "\n".join(map(str, wrong))
+
+
+GOLORE = {"method": "golore", "flags": {"lora_rank": 5, "update_proj_gap": 50}}
+GALORE = {"method": "galore", "flags": {"lora_rank": 5, "update_proj_gap": 50}}
+
+
+def test_golore(tmp_path: Path) -> None:
+    """Gradients, moments and masters of one factor of two; between refreshes nothing else moves."""
+    cases: list[Case] = [
+        {"family": "llama", **GOLORE, "zero": {"stage": 0}, "accumulation": 2},
+        {"family": "gpt2", **GALORE, "zero": {"stage": 2}, "bf16": True},
+        {"family": "llama", **GOLORE, "zero": sharded_parameters(100, 0, 0), "bf16": True},
+        {"family": "llama", **GOLORE, "zero": {"stage": 0}, "tensor": 2, "sequence": True},
+        {"family": "neox", **GOLORE, "zero": {"stage": 0}, "tensor": 2, "schedules": MIXED},
+        {"family": "llama", **GALORE, "zero": {"stage": 1}, "pipe": 2, "accumulation": 2},
+    ]
+    check(cases, 2, tmp_path)
+
+
+REFRESHED = ("data: reduce", "data: all-reduce", "tensor: reduce")
+
+
+def test_refresh(tmp_path: Path) -> None:
+    """What a refresh moves over data-parallel ranks, and what tensor-parallel ranks reduce, to the byte."""
+    cases: list[Case] = [
+        {"family": "llama", **GOLORE, "zero": {"stage": 0}},
+        {"family": "llama", **GOLORE, "zero": {"stage": 1}, "accumulation": 2},
+        {"family": "gpt2", **GALORE, "zero": {"stage": 2}},
+        {"family": "llama", **GOLORE, "zero": {"stage": 3}},
+        {"family": "llama", **GOLORE, "zero": {"stage": 0}, "tensor": 2},
+        {"family": "neox", **GALORE, "zero": {"stage": 0}, "tensor": 2, "sequence": True},
+    ]
+    ranks = run_ranks("tests.models.wire_cases:measure_all", 2, cases, tmp_path, timeout=_LONGEST)
+    for number, case in enumerate(cases):
+        method = method_of(case)
+        plan = method.refresh_plan()
+        assert plan is not None and plan.rotates == (case["method"] == "golore")
+        found = refresh_of(FAMILIES[case["family"]], method.adapters(), layout_of(case, 2), plan)
+        expected = {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in found.volumes.items()}
+        for results in ranks:
+            measured = results[number]["refresh"]
+            for kind in REFRESHED:
+                assert measured.get(kind) == expected.get(kind), (case, kind)
+            gathers = expected.get("tensor: gather", [0])[0]
+            assert measured.get("tensor: gather", [0])[0] == gathers
+        assert "data: reduce" in expected or gathers, case
 
 
 def sharded_parameters(threshold: int, reuse: int, prefetch: int, **options: Any) -> dict[str, Any]:

@@ -147,16 +147,25 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     mask = vocabulary.padded if model.module.place.ends and vocabulary.real < vocabulary.padded else 0
     settings = deepspeed_config(case, groups)
     engine = make_engine(model, FAMILIES[case["family"]], train_of(case), settings, groups)
-    ctx = Context(model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False))
+    ctx = Context(
+        model.layers, engine.state, 3, STEPS, groups.data_rank, groups.data_size, host_allocator(False), engine=engine
+    )
     method.start(ctx)
     sizes = watch_buckets(engine)
     source = torch.Generator().manual_seed(groups.data_rank)
     batches = [
         torch.randint(0, 31, (ROWS, length_of(case) + 1), generator=source) for _ in range(case.get("accumulation", 1))
     ]
+    ctx.micro_batches = batches
     flops = counted_flops(lambda: engine.train_step(batches, 1e-3))
+    refresh = Traffic(groups.labels())
     for step in range(STEPS):
         traffic, before = Traffic(groups.labels()), switched(method, model)
+        if step == 0:
+            with refresh:
+                method.before_step(step, ctx)
+            engine.train_step(batches, 1e-3)
+            continue
         with traffic:
             method.before_step(step, ctx)
             engine.train_step(batches, 1e-3)
@@ -166,6 +175,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     found = {
         "peak": peak.most,
         "volumes": {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in traffic.take().items()},
+        "refresh": {f"{group}: {name}": [v.calls, v.payload] for (group, name), v in refresh.take().items()},
         "moved": {name: count - before[name] for name, count in switched(method, model).items()},
         "memory": measured_bytes(engine, method, model.layers), "kept": kept, "flops": flops, "mask": mask,
         "buckets": max(sizes), "stage": groups.pipe_rank, "first": groups.data_rank == 0,

@@ -131,6 +131,23 @@ def test_every_shipped_configuration_can_be_planned() -> None:
         assert found["stages"][0]["device_bytes"] > 0
 
 
+def test_a_refresh_of_subspaces_is_planned() -> None:
+    """The gradients of all adapted W in float32 go to their owners, and every update is charged its share."""
+    flags = "--preset llama_60m --micro-batch-size 1 --global-batch-size 4 --zero 1 --data-parallel-size 2"
+    adapted = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    for method, rotates in (("golore", 2), ("galore", 1)):
+        found = plan(f"{flags} --method {method} --lora-rank 128 --update-proj-gap 50")["stages"][0]["refresh"]
+        volumes = {(v["group"], v["collective"]): v for v in found["collectives"]}
+        assert volumes["data", "reduce"]["bytes"] == 4 * adapted and volumes["data", "reduce"]["calls"] == 56
+        longer = 8 * 128 * (4 * 512 + 3 * 1376)
+        assert volumes["data", "all-reduce"]["bytes"] == 4 * (rotates * longer + 8 * 7 * 128 * 512 + 1)
+        assert found["bytes_per_update"] == pytest.approx(sum(v["bytes"] for v in volumes.values()) / 50)
+        assert found["held_bytes"] == 4 * adapted
+        halved = plan(f"{flags} --method {method} --lora-rank 128 --probe-passes 2")["stages"][0]["refresh"]
+        assert halved["held_bytes"] == 2 * adapted
+    assert plan(f"{flags} --method lora --lora-rank 128")["stages"][0]["refresh"] is None
+
+
 def test_methods_tell_what_they_read() -> None:
     matrix = Matrix("layers.0.attention.q", 64, 48, 8)
     for name, flags, expected in (

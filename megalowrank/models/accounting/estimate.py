@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megalowrank.config import ModelConfig
-from megalowrank.methods.base import Adapters
+from megalowrank.methods.base import Adapters, RefreshPlan
 from megalowrank.models.accounting.flops import flops_per_token
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.memory import Bytes, predicted_bytes
 from megalowrank.models.accounting.parameters import ParameterCount, count_parameters
 from megalowrank.models.accounting.parts import rank_parts
 from megalowrank.models.accounting.pipeline import Pipeline, pipeline_of
+from megalowrank.models.accounting.refresh import Refresh, refresh_of
 from megalowrank.models.accounting.tally import Volumes
-from megalowrank.models.accounting.wire import Reads, wire_bytes
+from megalowrank.models.accounting.wire import Crossing, Reads, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StageEstimate:
     parameters: int
     memory: dict[str, Bytes]
     wire: Volumes
+    refresh: Refresh | None = None
 
     @property
     def device(self) -> int:
@@ -85,13 +87,24 @@ class Estimate:
                 {"group": group, "collective": name, "calls": volume.calls, "bytes": volume.payload}
                 for (group, name), volume in sorted(stage.wire.items())
             ],
+            "refresh": None if stage.refresh is None else stage.refresh.as_json(),
             "flops": self.pipeline.flops[number],
             "idle": self.pipeline.idle[number],
         }
 
 
-def estimate(config: ModelConfig, adapters: Adapters | None, layout: Layout, reads: Reads | None = None) -> Estimate:
-    """Predict a run. Raises ConfigError for bad patterns, and for more stages than blocks."""
+def estimate(
+    config: ModelConfig,
+    adapters: Adapters | None,
+    layout: Layout,
+    reads: Reads | None = None,
+    crossing: Crossing | None = None,
+    plan: RefreshPlan | None = None,
+) -> Estimate:
+    """Predict a run; ``reads`` and ``crossing`` as of ``wire_bytes``, ``plan`` as of ``refresh_of``.
+
+    Raises ConfigError for bad patterns, and for more stages than blocks.
+    """
     stages = []
     for number in range(layout.pipe_size):
         blocks = stage_blocks(config, adapters, layout, number)
@@ -100,7 +113,8 @@ def estimate(config: ModelConfig, adapters: Adapters | None, layout: Layout, rea
                 (blocks.start, blocks.stop),
                 sum(part.numel for part in rank_parts(config, adapters, layout, number)),
                 predicted_bytes(config, adapters, layout, number),
-                wire_bytes(config, adapters, layout, number, reads),
+                wire_bytes(config, adapters, layout, number, reads, crossing),
+                None if plan is None else refresh_of(config, adapters, layout, plan, number),
             )
         )
     per_token = flops_per_token(config, adapters, layout.seq_length)

@@ -12,7 +12,6 @@ from megalowrank.models.accounting.shapes import Projection, all_projections, no
 from megalowrank.models.architecture import architecture
 from megalowrank.parallel.partition import share
 
-
 _FACTORS = ("A", "B", "A_snapshot", "B_snapshot")
 
 

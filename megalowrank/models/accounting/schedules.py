@@ -10,9 +10,10 @@ sum of a projection's ranks, e bytes an element; ``again`` is 1 where the forwar
 | split    | (2 + again)·e·N·R·m               | (3 + again)·2·N·R·H·m operations that ride divides by t    |
 
 A replicated factor that is not trained has no gradient: R counts those that are, in *partial* with a whole sequence and
-in one of the products with a split one. With a whole sequence both do the same arithmetic; with a split one both reduce the same gradients. Operations become
-bytes by ``OPERATIONS_PER_BYTE``: an A100 computes 312e12 and sends 300e9 bytes a second to its neighbours, an H100
-989e12 and 450e9, which are about 1000 and 2200; narrow products reach half of that. A call costs ``CALL_BYTES``.
+in one of the products with a split one. With a whole sequence both do the same arithmetic; with a split one both reduce
+the same gradients. Operations become bytes by ``OPERATIONS_PER_BYTE``: an A100 computes 312e12 and sends 300e9 bytes a
+second to its neighbours, an H100 989e12 and 450e9, which are about 1000 and 2200; narrow products reach half of that. A
+call costs ``CALL_BYTES``.
 """
 
 from __future__ import annotations

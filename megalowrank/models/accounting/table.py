@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megalowrank.models.accounting.estimate import Estimate, StageEstimate
 from megalowrank.models.accounting.parameters import GROUPS
+from megalowrank.models.accounting.refresh import Refresh
 
 
 def startup_table(found: Estimate, stage: int | None = None) -> str:
@@ -12,6 +13,9 @@ def startup_table(found: Estimate, stage: int | None = None) -> str:
     blocks = [_parameters(found), _memory(found, found.stages[stage], stage)]
     if found.stages[stage].wire:
         blocks.append(_wire(found.stages[stage]))
+    refresh = found.stages[stage].refresh
+    if refresh is not None:
+        blocks.append(_refresh(refresh))
     if len(found.stages) > 1:
         blocks.append(_stages(found))
     return "\n\n".join("\n".join(lines) for lines in blocks)
@@ -56,6 +60,17 @@ def _wire(stage: StageEstimate) -> list[str]:
     for (group, name), volume in sorted(stage.wire.items()):
         lines.append(f"{group + ': ' + name:<26}{volume.calls:>12,}{human(volume.payload):>14}")
     return lines
+
+
+def _refresh(refresh: Refresh) -> list[str]:
+    """Beside its probe passes."""
+    head = f"a refresh, every {refresh.interval:,}"
+    lines = [f"{head:<26}{'calls':>12}{'bytes':>14}"]
+    for (group, name), volume in sorted(refresh.volumes.items()):
+        lines.append(f"{group + ': ' + name:<26}{volume.calls:>12,}{human(volume.payload):>14}")
+    if refresh.volumes:
+        lines.append(f"{'spread over updates':<26}{'':>12}{human(refresh.sent_per_update):>14}")
+    return [*lines, f"{'sums of gradients held':<26}{'':>12}{human(refresh.held):>14}"]
 
 
 def _stages(found: Estimate) -> list[str]:

@@ -32,18 +32,25 @@ from megalowrank.models.architecture import architecture
 from megalowrank.parallel.traffic import Volume
 
 Reads = Callable[[Matrix], tuple[float, float, float]]
+Crossing = Callable[[int, int, int], float]
 
 _FLOAT = 4
 
 
 def wire_bytes(
-    config: ModelConfig, adapters: Adapters | None, layout: Layout, stage: int = 0, reads: Reads | None = None
+    config: ModelConfig,
+    adapters: Adapters | None,
+    layout: Layout,
+    stage: int = 0,
+    reads: Reads | None = None,
+    crossing: Crossing | None = None,
 ) -> Volumes:
     """Calls and bytes of one update on every rank of a pipeline stage, by (group, collective).
 
     ``reads`` says what a method reads of a matrix before an update, in vectors of A and as many of B: masters, forward
-    copies, and vectors that data-parallel ranks keep for one another; on average, or of one update. Raises
-    ConfigError for bad patterns, and for more stages than blocks.
+    copies, and vectors that data-parallel ranks keep for one another; on average, or of one update. ``crossing``
+    says what a rank receives from other heads for a matrix, of its rows, columns and bytes of an element: *heads*,
+    which is not a group that ``Traffic`` sees. Raises ConfigError for bad patterns, and for more stages than blocks.
     """
     tally = Tally(layout)
     parts = rank_parts(config, adapters, layout, stage)
@@ -51,6 +58,8 @@ def wire_bytes(
     projections = [p for p in all_projections(config, adapters) if p.block in blocks]
     if reads is not None:
         _method(tally, projections, reads)
+    if crossing is not None:
+        _cross(tally, projections, crossing)
     for projection in projections:
         _linear(tally, projection, config.hidden_size or 0)
     _ends(tally, config, stage)
@@ -77,6 +86,15 @@ def _method(tally: Tally, projections: Iterable[Projection], reads: Reads) -> No
             vectors = beside + masters * layout.sharded + forward * (layout.zero == 3)
             wanted += vectors * (rows + columns)
     tally.add("data", "all-reduce", _FLOAT * wanted, calls=int(wanted > 0))
+
+
+def _cross(tally: Tally, projections: Iterable[Projection], crossing: Crossing) -> None:
+    """What heads exchange for all matrices of a stage, as bytes received per update on average."""
+    layout = tally.layout
+    adapted = [projection for projection in projections if projection.rank is not None]
+    received = sum(crossing(*size, layout.low) for p in adapted for size in local_sizes(p, layout))
+    if received:
+        tally.volumes["heads", "received"] = Volume(1, round(received))
 
 
 def _linear(tally: Tally, projection: Projection, hidden: int) -> None:
