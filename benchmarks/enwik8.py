@@ -49,6 +49,11 @@ RUNS: dict[str, tuple[str, tuple[str, str]]] = {
     ),
     "golore": ("--method golore --lora-rank 16 --update-proj-gap 50", ("5e-3", "1e-2")),
     "galore": ("--method galore --lora-rank 16 --update-proj-gap 50", ("1e-2", "2e-2")),
+    "lte": (
+        "--method lte --lora-rank 16 --lte-heads-per-rank 4 --lte-merge-interval 10 --lte-plain synchronous "
+        "--clip-grad 0",
+        ("1e-3", "2e-3"),
+    ),
 }
 TOKENS = 16 * 256
 SHAPE = (

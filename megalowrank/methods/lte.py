@@ -108,6 +108,14 @@ class LTE(Method):
                 "--lte-heads-per-rank must divide the micro-batch", f"{count} and {micro_batch_size} samples"
             )
 
+    def warnings(self, matrices: Sequence[LogicalMatrix]) -> list[str]:
+        """What frozen parameters mean."""
+        if self.config.lte_plain != "frozen":
+            return []
+        return [
+            "with --lte-plain frozen embeddings, norms and head stay as they start; averaged or synchronous trains them"
+        ]
+
     def adapters(self) -> Adapters:
         rank = self.config.lora_rank
         count = self.config.lte_heads_per_rank

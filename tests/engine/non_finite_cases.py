@@ -199,7 +199,6 @@ def dense(case: dict[str, Any], world: int, steps: int) -> Run:
     good = [attempt for attempt in range(STEPS + len(case["bad"])) if attempt not in case["bad"]]
     losses = []
 
-
     def shares(attempt: int) -> Any:
         return [[(rank, batch(attempt, m).chunk(world)[rank]) for m, rank in group] for group in order]
 
