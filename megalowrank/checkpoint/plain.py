@@ -83,7 +83,7 @@ def origin(saved: SavedWeights) -> dict[str, Any]:
     run, step = saved.run, saved.checkpoint.step
     found = {"method": run["method"], "updates": step}
     if saved.adapters is not None:
-        found.update(rank=saved.adapters.spec.rank, scale=saved.scale)
+        found.update(rank=saved.adapters.spec.rank, scale=saved.adapters.spec.scale)
     batch = run["train"].get("global_batch_size")
     if batch:
         found["tokens"] = step * batch * run["train"]["seq_length"]

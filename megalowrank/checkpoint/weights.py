@@ -32,7 +32,9 @@ class SavedWeights:
             if name.startswith(("master/", "weight/")) and not name.endswith(_FACTORS)
         }
         kind = method_class(self.run["method"])
-        self.adapters = kind(kind.config_class(**self.run["method_config"])).adapters()
+        method = kind(kind.config_class(**self.run["method_config"]))
+        self.adapters = method.adapters()
+        self._left_out = method.left_out(checkpoint.state.get("method", {}))
 
     @classmethod
     def open(cls, path: Path) -> SavedWeights:
@@ -59,19 +61,23 @@ class SavedWeights:
 
     def merged(self, name: str, frozen: torch.Tensor) -> torch.Tensor:
         """``frozen``, the weight called ``name`` without its factors, with s·B·A added."""
-        factors = self.factors(name.removesuffix(".weight"))
-        return frozen if factors is None else frozen.addmm(factors[1].t(), factors[0], alpha=self.scale)
+        matrix = name.removesuffix(".weight")
+        factors = self.factors(matrix)
+        return frozen if factors is None else frozen.addmm(factors[1].t(), factors[0], alpha=self.scale(matrix))
 
-    @property
-    def scale(self) -> float:
-        """s of s·B·A; 0 where the method has no factors."""
-        return 0.0 if self.adapters is None else self.adapters.spec.scale
+    def scale(self, matrix: str) -> float:
+        """s of s·B·A of an adapted matrix; 0 where it has no factors."""
+        spec = None if self.adapters is None else self.adapters.spec_of(matrix)
+        return 0.0 if spec is None else spec.scale
 
     def factors(self, matrix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A [k, in] and Bᵀ [k, out] of an adapted matrix (its name ends before ``.weight``), in the type of masters.
 
-        k is the rank r; with snapshots 2 r for each head, so that B A is the mean of what heads have learned.
+        k is the rank r; with snapshots 2 r for each head, so that B A is the mean of what heads have learned. None
+        where the method computes without them.
         """
+        if matrix in self._left_out:
+            return None
         pairs = [self._pair(head, matrix) for head in self._heads]
         found = [pair for pair in pairs if pair is not None]
         count = len(found) * (1 if self.adapters is None else self.adapters.spec.chunks)

@@ -97,10 +97,8 @@ _RELORA = {
     "--megatron_dataset_config": "--data-path",
 }
 _GALORE = {
-    "--update_proj_gap": "--update-proj-gap",
     "--galore_scale": "--proj-scale",
     "--proj_type": "the projector is on the narrower side of every matrix, as with std",
-    "--rand_ratio": "--rand-ratio",
     "--golore": "--method golore",
     "--galore": "--method galore",
     "--single_gpu": "start the program with plain python for one rank",

@@ -116,7 +116,8 @@ class LowRankFactors:
     ``index`` is the global number of the matrix in the model, independent of the layout. ``rank``, ``in_features``
     and ``out_features`` are those of the logical matrix; ``columns`` and ``rows`` say which part of it this rank
     holds (default: all of it): vectors of A have ``columns.padded`` elements here, those of Bᵀ ``rows.padded``.
-    ``fixed`` are the factors without gradient: the projector (A or Bᵀ itself), or the snapshots of A and Bᵀ.
+    ``fixed`` are the factors without gradient: the projector (A or Bᵀ itself), or the snapshots of A and Bᵀ. While not
+    ``enabled`` they take no part in the product and get gradient 0; ``importance`` is a factor on their scale.
     """
 
     def __init__(
@@ -135,9 +136,15 @@ class LowRankFactors:
         self.weight, self.row_start, self.scale = weight, row_start, scale
         self.rows, self.columns = rows or share(Bt.shape[1]), columns or share(A.shape[1])
         self.rank, self.in_features, self.out_features = A.shape[0], self.columns.size, self.rows.size
+        self.enabled, self.importance = True, 1.0
         self.gate_A, self.gate_Bt = RowGate(A), RowGate(Bt)
         pairs = (("A", A, self.columns), ("B", Bt, self.rows))
         self.fixed = [FixedFactor(side, factor, size) for side, factor, size in pairs if not factor.requires_grad]
+
+    @property
+    def taking_part(self) -> float:
+        """The scale of the low-rank term in the next forward pass; 0: it is not computed."""
+        return self.scale * self.importance if self.enabled else 0.0
 
     def fold(self, u_KM: torch.Tensor, v_KN: torch.Tensor) -> None:
         """W += s · u_KMᵀ v_KN on this rank's part of W, without communication.

@@ -1,6 +1,6 @@
 """Column- and row-parallel products with low-rank factors inside, on the collectives of the plain product.
 
-y = x Wᵀ + b + s · Σ_g (x A_gᵀ) B_g. A column-parallel W is split by rows, with the Bᵀ_g, and A is replicated; a
+y = x Wᵀ + b + Σ_g s_g · (x A_gᵀ) B_g. A column-parallel W is split by rows, with the Bᵀ_g, and A is replicated; a
 row-parallel one is split by columns, with the A_g, and Bᵀ is replicated. Shapes: x [.., I], W [O, I], A_g [r_g, I],
 Bᵀ_g [r_g, O_g], all of them this rank's part; R is the sum of the ranks r_g, N the number of tokens.
 
@@ -17,13 +17,13 @@ communicates nothing, and does what *partial* does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megalowrank.lowrank.fold import Tap
+from megalowrank.lowrank.pairs import Pairs, Products
 from megalowrank.parallel.mappings import gather_rows, reduce_rows, splits_sequence, start_gather, start_reduce
 from megalowrank.parallel.wire import Wire
 
@@ -34,7 +34,7 @@ _FACTORS = 7  # inputs of the products before A_1
 class LowRankColumnFunction(torch.autograd.Function):
     """The column-parallel product with W frozen.
 
-    Called as apply(x, W, bias, scale, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is split like W.
+    Called as apply(x, W, bias, pairs, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is split like W.
     """
 
     @staticmethod
@@ -43,50 +43,50 @@ class LowRankColumnFunction(torch.autograd.Function):
         x: torch.Tensor,
         W: torch.Tensor,
         bias: torch.Tensor | None,
-        scale: float,
+        pairs: Pairs,
         wire: Wire,
         tap: Tap | None,
         anchor: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        A, Bt = _halves(factors)
+        low = Products(pairs, factors)
         kept_NI = x.reshape(-1, x.shape[-1])
         if splits_sequence(wire) and wire.ride:
-            both = _Pair(kept_NI, x.shape[-1], _width(A), rows=True)
+            both = _Pair(kept_NI, x.shape[-1], low.width, rows=True)
             both.left.copy_(kept_NI)
-            _narrow(kept_NI, A, scale, both.right)
+            low.narrow(kept_NI, both.right)
             x_NI, u_NR = both.parts(gather_rows(both.buffer, wire))
             u_NR = u_NR.contiguous()
         else:
             x_NI = kept_NI = gather_rows(kept_NI, wire)
-            u_NR = _narrow(x_NI, A, scale, x_NI.new_empty(x_NI.shape[0], _width(A)))
+            u_NR = low.narrow(x_NI, x_NI.new_empty(x_NI.shape[0], low.width))
         y_NO = F.linear(x_NI, W, bias)
-        _widen(y_NO, u_NR, Bt)
+        low.widen(y_NO, u_NR)
         ctx.save_for_backward(kept_NI, W, u_NR, *factors)
-        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = scale, wire, x.shape, bias is not None, tap
+        ctx.pairs, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = pairs, wire, x.shape, bias is not None, tap
         return y_NO.view(*_gathered(x.shape, wire), W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Gradients:
         x_NI, W, u_NR, *factors = ctx.saved_tensors
-        A, Bt = _halves(factors)
+        low = Products(ctx.pairs, factors, ctx.needs_input_grad[_FACTORS:])
         dy_NO = gradients[0].reshape(-1, W.shape[0])
         needs_x = ctx.needs_input_grad[0]
         if ctx.wire.ride and ctx.wire.size > 1:
-            both = _Pair(dy_NO, W.shape[1] if needs_x else 0, _width(A), rows=ctx.wire.sequence)
+            both = _Pair(dy_NO, W.shape[1] if needs_x else 0, low.width, rows=ctx.wire.sequence)
             if needs_x:
                 torch.mm(dy_NO, W, out=both.left)
-            _narrow_gradient(dy_NO, Bt, ctx.scale, both.right)
+            low.narrow_gradient(dy_NO, both.right)
             pending = start_reduce(both.buffer, ctx.wire)
-            grad_B, grad_bias = _gradients_B(ctx, u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
+            grad_B, grad_bias = low.gradients_B(u_NR, dy_NO), _gradient_bias(ctx, dy_NO)
             dx_NI, du_NR = both.parts(pending.wait())
-            grad_A = _gradients_A(ctx, du_NR, x_NI, A)
-            grad_x = _add_narrow(dx_NI, du_NR, A).view(ctx.shape) if needs_x else None
+            grad_A = low.gradients_A(du_NR, x_NI)
+            grad_x = low.add_narrow(dx_NI, du_NR).view(ctx.shape) if needs_x else None
             x_NI = gather_rows(x_NI, ctx.wire) if ctx.tap is not None else x_NI
         else:
-            du_NR = _narrow_gradient(dy_NO, Bt, ctx.scale, torch.empty_like(u_NR))
-            reduced = start_reduce(_add_narrow(dy_NO @ W, du_NR, A), ctx.wire) if needs_x else None
-            grad_A, grad_B = _gradients_A(ctx, du_NR, x_NI, A), _gradients_B(ctx, u_NR, dy_NO, Bt)
+            du_NR = low.narrow_gradient(dy_NO, torch.empty_like(u_NR))
+            reduced = start_reduce(low.add_narrow(dy_NO @ W, du_NR), ctx.wire) if needs_x else None
+            grad_A, grad_B = low.gradients_A(du_NR, x_NI), low.gradients_B(u_NR, dy_NO)
             grad_bias = _gradient_bias(ctx, dy_NO)
             grad_x = None if reduced is None else reduced.wait().view(ctx.shape)
         return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
@@ -95,7 +95,7 @@ class LowRankColumnFunction(torch.autograd.Function):
 class LowRankRowFunction(torch.autograd.Function):
     """The row-parallel product with W frozen.
 
-    Called as apply(x, W, bias, scale, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is replicated and
+    Called as apply(x, W, bias, pairs, wire, tap, anchor, A_1, …, A_G, Bᵀ_1, …, Bᵀ_G); ``bias`` [O] is replicated and
     added once, to the sum over ranks.
     """
 
@@ -105,52 +105,52 @@ class LowRankRowFunction(torch.autograd.Function):
         x: torch.Tensor,
         W: torch.Tensor,
         bias: torch.Tensor | None,
-        scale: float,
+        pairs: Pairs,
         wire: Wire,
         tap: Tap | None,
         anchor: torch.Tensor | None,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        A, Bt = _halves(factors)
+        low = Products(pairs, factors)
         x_NI = x.reshape(-1, x.shape[-1])
         if wire.ride and wire.size > 1:
-            both = _Pair(x_NI, W.shape[0], _width(A), rows=wire.sequence)
+            both = _Pair(x_NI, W.shape[0], low.width, rows=wire.sequence)
             torch.mm(x_NI, W.t(), out=both.left)
-            _narrow(x_NI, A, scale, both.right)
+            low.narrow(x_NI, both.right)
             y_NO, u_NR = both.parts(reduce_rows(both.buffer, wire))
             y_NO, u_NR = y_NO.contiguous(), u_NR.clone(memory_format=torch.contiguous_format)
-            _widen(y_NO, u_NR, Bt)
+            low.widen(y_NO, u_NR)
         else:
-            u_NR = _narrow(x_NI, A, scale, x_NI.new_empty(x_NI.shape[0], _width(A)))
+            u_NR = low.narrow(x_NI, x_NI.new_empty(x_NI.shape[0], low.width))
             y_NO = F.linear(x_NI, W, bias if wire.size == 1 else None)
-            _widen(y_NO, u_NR, Bt)
+            low.widen(y_NO, u_NR)
             y_NO = reduce_rows(y_NO, wire)
         if bias is not None and wire.size > 1:
             y_NO.add_(bias)
         ctx.save_for_backward(x_NI, W, u_NR, *factors)
-        ctx.scale, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = scale, wire, x.shape, bias is not None, tap
+        ctx.pairs, ctx.wire, ctx.shape, ctx.has_bias, ctx.tap = pairs, wire, x.shape, bias is not None, tap
         return y_NO.view(*_scattered(x.shape, wire), W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Gradients:
         x_NI, W, u_NR, *factors = ctx.saved_tensors
-        A, Bt = _halves(factors)
+        low = Products(ctx.pairs, factors, ctx.needs_input_grad[_FACTORS:])
         dy_NO = gradients[0].reshape(-1, W.shape[0])
         if splits_sequence(ctx.wire) and ctx.wire.ride:
-            both = _Pair(dy_NO, W.shape[0], _width(A), rows=True)
+            both = _Pair(dy_NO, W.shape[0], low.width, rows=True)
             both.left.copy_(dy_NO)
-            _narrow_gradient(dy_NO, Bt, ctx.scale, both.right)
+            low.narrow_gradient(dy_NO, both.right)
             pending = start_gather(both.buffer, ctx.wire)
-            grad_B, grad_bias = _gradients_B(ctx, u_NR, dy_NO, Bt), _gradient_bias(ctx, dy_NO)
+            grad_B, grad_bias = low.gradients_B(u_NR, dy_NO), _gradient_bias(ctx, dy_NO)
             dy_NO, du_NR = both.parts(pending.wait())
         else:
             pending = start_gather(dy_NO, ctx.wire)
             grad_bias = _gradient_bias(ctx, dy_NO)
             dy_NO = pending.wait()
-            du_NR = _narrow_gradient(dy_NO, Bt, ctx.scale, torch.empty_like(u_NR))
-            grad_B = _gradients_B(ctx, u_NR, dy_NO, Bt)
-        grad_x = _add_narrow(dy_NO @ W, du_NR, A).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_A = _gradients_A(ctx, du_NR, x_NI, A)
+            du_NR = low.narrow_gradient(dy_NO, torch.empty_like(u_NR))
+            grad_B = low.gradients_B(u_NR, dy_NO)
+        grad_x = low.add_narrow(dy_NO @ W, du_NR).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_A = low.gradients_A(du_NR, x_NI)
         return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
 
 
@@ -213,22 +213,9 @@ class _Pair:
         if buffer.dim() == 2:
             left, right = buffer.split(self._widths, 1)
             return left, right
-        count = buffer.numel() // sum(self._widths)
+        count = buffer.numel() // max(1, sum(self._widths))
         left, right = buffer.split([count * width for width in self._widths])
         return left.view(count, self._widths[0]), right.view(count, self._widths[1])
-
-
-def _halves(factors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """A_1, …, A_G and Bᵀ_1, …, Bᵀ_G."""
-    return factors[: len(factors) // 2], factors[len(factors) // 2 :]
-
-
-def _width(A: Sequence[torch.Tensor]) -> int:
-    return sum(a.shape[0] for a in A)
-
-
-def _stack(A: Sequence[torch.Tensor]) -> torch.Tensor:
-    return A[0] if len(A) == 1 else torch.cat(tuple(A))
 
 
 def _gathered(shape: torch.Size, wire: Wire) -> tuple[int, ...]:
@@ -239,55 +226,6 @@ def _gathered(shape: torch.Size, wire: Wire) -> tuple[int, ...]:
 def _scattered(shape: torch.Size, wire: Wire) -> tuple[int, ...]:
     """Leading dimensions of the output for an input whose product is scattered by rows."""
     return (shape[0] // wire.size, *shape[1:-1]) if splits_sequence(wire) else shape[:-1]
-
-
-def _blocks(Bt: Sequence[torch.Tensor]) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Columns of u, columns of y and Bᵀ of every matrix."""
-    row, column = 0, 0
-    for b in Bt:
-        rank, out = b.shape
-        yield slice(row, row + rank), slice(column, column + out), b
-        row, column = row + rank, column + out
-
-
-def _narrow(x_NI: torch.Tensor, A: Sequence[torch.Tensor], scale: float, out_NR: torch.Tensor) -> torch.Tensor:
-    """u = s · x Aᵀ of all matrices in one product."""
-    return torch.mm(x_NI, _stack(A).t(), out=out_NR).mul_(scale)
-
-
-def _widen(y_NO: torch.Tensor, u_NR: torch.Tensor, Bt: Sequence[torch.Tensor]) -> None:
-    """y += u B, in place, matrix by matrix."""
-    for narrow, wide, b in _blocks(Bt):
-        y_NO[:, wide].addmm_(u_NR[:, narrow], b)
-
-
-def _narrow_gradient(
-    dy_NO: torch.Tensor, Bt: Sequence[torch.Tensor], scale: float, out_NR: torch.Tensor
-) -> torch.Tensor:
-    """du = s · dy Bᵀ, matrix by matrix."""
-    for narrow, wide, b in _blocks(Bt):
-        torch.mm(dy_NO[:, wide], b.t(), out=out_NR[:, narrow])
-    return out_NR.mul_(scale)
-
-
-def _add_narrow(dx_NI: torch.Tensor, du_NR: torch.Tensor, A: Sequence[torch.Tensor]) -> torch.Tensor:
-    """dx + du A, contiguous; in place where dx is."""
-    return dx_NI.addmm_(du_NR, _stack(A)) if dx_NI.is_contiguous() else torch.addmm(dx_NI, du_NR, _stack(A))
-
-
-def _gradients_A(ctx: Any, du_NR: torch.Tensor, x_NI: torch.Tensor, A: Sequence[torch.Tensor]) -> Gradients:
-    """One product for all matrices where all are trained, else one for each that is."""
-    needed, ranks = ctx.needs_input_grad[_FACTORS : _FACTORS + len(A)], [a.shape[0] for a in A]
-    if all(needed):
-        return (du_NR.t() @ x_NI).split(ranks)
-    parts = zip(du_NR.split(ranks, 1), needed, strict=True)
-    return tuple(du.t() @ x_NI if wanted else None for du, wanted in parts)
-
-
-def _gradients_B(ctx: Any, u_NR: torch.Tensor, dy_NO: torch.Tensor, Bt: Sequence[torch.Tensor]) -> Gradients:
-    needed = ctx.needs_input_grad[_FACTORS + len(Bt) :]
-    parts = zip(_blocks(Bt), needed, strict=True)
-    return tuple(u_NR[:, narrow].t() @ dy_NO[:, wide] if wanted else None for (narrow, wide, _), wanted in parts)
 
 
 def _tapped(ctx: Any, dy_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ column-parallel linear a part of the rows of each block, a row-parallel one a pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megalowrank.lowrank.factors import FixedFactor, LowRankFactors, LowRankSpec
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.functions import ColumnFunction, LowRankColumnFunction, LowRankRowFunction, RowFunction
+from megalowrank.lowrank.pairs import Pairs
 from megalowrank.parallel.mappings import splits_sequence
 from megalowrank.parallel.partition import Share, share
 from megalowrank.parallel.wire import Wire, mark_partial
 
 Blocks = tuple[tuple[str, int], ...]
+Specs = LowRankSpec | Sequence[LowRankSpec | None] | None
 
 
 class _Adapted(torch.nn.Module):
     """What both parallel linears share.
 
     ``blocks``: (logical name, share of its rows) of every matrix in order; ``columns``: the share of the input's
-    width; ``factors``: those of every matrix, or none; ``weight`` is None until it is assigned if it was not allocated.
+    width; ``factors``: those of every adapted matrix, whose names within the linear are ``adapted``; ``weight`` is None
+    until it is assigned if it was not allocated.
     """
 
     split: int
@@ -42,48 +46,56 @@ class _Adapted(torch.nn.Module):
     columns: Share
     wire: Wire
     scale: float
+    adapted: tuple[str, ...]
     folded: FoldedWeight
     snapshot: bool
     chunks: int
     factors: list[LowRankFactors]
 
-    def _adopt(self, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire) -> None:
+    def _adopt(self, blocks: Blocks, columns: int, lowrank: Specs, wire: Wire) -> None:
         everything, own = (0, 1), (wire.rank, wire.size)
         by_rows, by_columns = (own, everything) if self.split == 0 else (everything, own)
         self.blocks = tuple((name, share(rows, *by_rows)) for name, rows in blocks)
         self.columns, self.wire = share(columns, *by_columns), wire
-        self.factors, self.scale = [], 0.0
+        self.factors, self.adapted, self.scale = [], (), 0.0
         if self.weight is not None:
             shape = sum(rows.padded for _, rows in self.blocks), self.columns.padded
             if shape != tuple(self.weight.shape):
                 raise ValueError(f"a weight {list(self.weight.shape)} for blocks and columns that make {list(shape)}")
             _mark_split(self.weight, self.split)
+        if isinstance(lowrank, LowRankSpec):
+            lowrank = (lowrank,) * len(blocks)
         if lowrank is not None:
-            self._add_factors(lowrank)
+            self._add_all(lowrank)
 
-    def _add_factors(self, lowrank: LowRankSpec) -> None:
+    def _add_all(self, lowrank: Sequence[LowRankSpec | None]) -> None:
         if self.weight is None:
             raise ValueError("factors need the weight that they adapt")
         self.weight.requires_grad_(False)
-        self.scale = lowrank.scale
         self.folded, row = FoldedWeight(self.weight), 0
-        for name, rows in self.blocks:
-            train_A, train_B = lowrank.trained(rows.size, self.columns.size)
-            A = self._new_factor(f"A_{name}", lowrank.rank, self.columns.padded, train_A)
-            Bt = self._new_factor(f"B_{name}", lowrank.rank, rows.padded, train_B)
-            divided, replicated = (Bt, A) if self.split == 0 else (A, Bt)
-            _mark_split(divided, 1)
-            if self.wire.size > 1 and (self.wire.sequence or not self.wire.ride):
-                mark_partial(replicated)
-            if lowrank.chunks > 1:
-                for factor in (A, Bt):
-                    factor.register_hook(lambda gradient: gradient * lowrank.chunks)
-            factors = LowRankFactors(name, A, Bt, self.folded, row, lowrank.scale, rows, self.columns)
-            if lowrank.snapshot:
-                factors.fixed += self._new_snapshot(name, lowrank.rank, rows)
-            self.factors.append(factors)
+        for (name, rows), spec in zip(self.blocks, lowrank, strict=True):
+            if spec is not None:
+                self._add_factors(name, rows, row, spec)
             row += rows.padded
-        self.snapshot, self.chunks = lowrank.snapshot, lowrank.chunks
+        self.adapted = tuple(factors.name for factors in self.factors)
+
+    def _add_factors(self, name: str, rows: Share, row: int, lowrank: LowRankSpec) -> None:
+        """Those of the matrix whose first row of W is ``row``."""
+        train_A, train_B = lowrank.trained(rows.size, self.columns.size)
+        A = self._new_factor(f"A_{name}", lowrank.rank, self.columns.padded, train_A)
+        Bt = self._new_factor(f"B_{name}", lowrank.rank, rows.padded, train_B)
+        divided, replicated = (Bt, A) if self.split == 0 else (A, Bt)
+        _mark_split(divided, 1)
+        if self.wire.size > 1 and (self.wire.sequence or not self.wire.ride):
+            mark_partial(replicated)
+        if lowrank.chunks > 1:
+            for factor in (A, Bt):
+                factor.register_hook(lambda gradient: gradient * lowrank.chunks)
+        factors = LowRankFactors(name, A, Bt, self.folded, row, lowrank.scale, rows, self.columns)
+        if lowrank.snapshot:
+            factors.fixed += self._new_snapshot(name, lowrank.rank, rows)
+        self.factors.append(factors)
+        self.snapshot, self.chunks, self.scale = lowrank.snapshot, lowrank.chunks, lowrank.scale
 
     def _new_factor(self, name: str, rank: int, length: int, trained: bool = True) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.zeros(rank, length, dtype=self.weight.dtype), requires_grad=trained)
@@ -131,10 +143,11 @@ class _Adapted(torch.nn.Module):
         if self.factors and self.chunks > 1:
             y = self._apart(input_, bias)
         elif self.factors:
-            A, Bt = zip(*(self._pair(name) for name, _ in self.blocks), strict=True)
+            A, Bt = zip(*(self._pair(name) for name in self.adapted), strict=True)
+            pairs = Pairs(tuple(f.row_start for f in self.factors), tuple(f.taking_part for f in self.factors))
             tap = self.folded.tap
             anchor = None if tap is None else tap.anchor
-            y = self.adapted_function.apply(input_, self.weight, bias, self.scale, self.wire, tap, anchor, *A, *Bt)
+            y = self.adapted_function.apply(input_, self.weight, bias, pairs, self.wire, tap, anchor, *A, *Bt)
         elif self.wire.size == 1:
             y = F.linear(input_, self.weight, bias)
         else:
@@ -143,7 +156,7 @@ class _Adapted(torch.nn.Module):
 
 
 class LowRankColumnParallelLinear(_Adapted, ColumnParallelLinear):
-    """Column-parallel linear; ``lowrank`` None makes it a plain trainable one.
+    """Column-parallel linear; ``lowrank`` None makes it a plain trainable one, None for a matrix keeps it frozen.
 
     ``blocks``: (logical name, logical rows) of the matrices in W, ``columns`` their logical width. ``output_size`` of
     megatron-core counts padding: the sum over blocks of ⌈rows / ranks⌉, times the ranks. With
@@ -153,9 +166,7 @@ class LowRankColumnParallelLinear(_Adapted, ColumnParallelLinear):
     split = 0
     adapted_function, plain_function = LowRankColumnFunction, ColumnFunction
 
-    def __init__(
-        self, *args: Any, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, blocks: Blocks, columns: int, lowrank: Specs, wire: Wire, **kwargs: Any) -> None:
         ColumnParallelLinear.__init__(self, *args, **{**kwargs, "tp_group": wire.group})
         if self.gather_output:
             raise ValueError("gather_output is not supported: the output stays split")
@@ -163,7 +174,7 @@ class LowRankColumnParallelLinear(_Adapted, ColumnParallelLinear):
 
 
 class LowRankRowParallelLinear(_Adapted, RowParallelLinear):
-    """Row-parallel linear; ``lowrank`` None makes it a plain trainable one.
+    """Row-parallel linear; ``lowrank`` None makes it a plain trainable one, None for a matrix keeps it frozen.
 
     ``blocks``: (logical name, logical rows) of the matrices in W, ``columns`` their logical width. ``input_size`` of
     megatron-core counts padding: ⌈columns / ranks⌉ times the ranks. The input is split already.
@@ -172,9 +183,7 @@ class LowRankRowParallelLinear(_Adapted, RowParallelLinear):
     split = 1
     adapted_function, plain_function = LowRankRowFunction, RowFunction
 
-    def __init__(
-        self, *args: Any, blocks: Blocks, columns: int, lowrank: LowRankSpec | None, wire: Wire, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, blocks: Blocks, columns: int, lowrank: Specs, wire: Wire, **kwargs: Any) -> None:
         RowParallelLinear.__init__(self, *args, **{**kwargs, "tp_group": wire.group})
         if not self.input_is_parallel:
             raise ValueError("input_is_parallel=False is not supported: the input comes split")

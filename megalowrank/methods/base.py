@@ -22,6 +22,7 @@ from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSp
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.probe import Take
+from megalowrank.lowrank.rank_table import RankTable
 from megalowrank.lowrank.state import OptimizerStateView
 from megalowrank.parallel.heads import Heads
 from megalowrank.parallel.partition import Share
@@ -81,14 +82,25 @@ class RefreshPlan:
 class Adapters:
     """What a method wants built: the rank and scale of the linears that ``patterns`` name.
 
-    ``frozen``: what is neither a factor nor under one is not trained either; ``shared``: it is trained alike by all
-    heads.
+    ``table`` says otherwise of single matrices. ``frozen``: what is neither a factor nor under one is not trained
+    either; ``shared``: it is trained alike by all heads. ``shortcuts``: also low-rank connections round the blocks.
     """
 
     spec: LowRankSpec
     patterns: tuple[str, ...]
     frozen: bool = False
     shared: bool = False
+    table: RankTable | None = None
+    shortcuts: bool = False
+
+    def spec_of(self, name: str) -> LowRankSpec | None:
+        """What the factors of the matrix called ``name`` are; None: it is frozen and has none."""
+        return self.spec if self.table is None else self.table.spec_of(name, self.spec)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ConfigError unless every entry of the table is one of the ``names`` of the model."""
+        if self.table is not None:
+            self.table.check(names)
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,7 @@ class Method:
         """
         return 0.0, 0.0, 0.0
 
-    def between_heads(self, rows: int, columns: int, itemsize: int) -> float:
+    def between_heads(self, rank: int, rows: int, columns: int, itemsize: int) -> float:
         """Bytes that cross to a rank from other heads for a matrix of which it has this part, per update on average.
 
         ``itemsize`` is that of the forward pass.
@@ -203,6 +215,10 @@ class Method:
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by category, beside weights and optimizer state."""
         return {}
+
+    def left_out(self, state: dict[str, Any]) -> frozenset[str]:
+        """Names of matrices whose factors a run that saved ``state`` does not compute with at that update."""
+        return frozenset()
 
     def state_dict(self) -> dict[str, Any]:
         """State as JSON values, alike on all ranks of a stage; stages may differ in the keys of mappings."""

@@ -33,6 +33,7 @@ import torch
 from megalowrank.config import above, at_least, flag
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec, folded_weights, projects_rows
+from megalowrank.lowrank.rank_table import rank_table, table_text
 from megalowrank.lowrank.subspace import stiefel
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.base import Adapters, Context, Method, RefreshPlan
@@ -48,6 +49,9 @@ class GoLoreConfig:
     proj_scale: float = flag(1.0, "scale of the low-rank term")
     lora_target: list | None = flag(
         None, "matrices to adapt: names or shell patterns; default: every linear of the blocks", nargs="+"
+    )
+    lora_config: str | None = flag(
+        None, "TOML file with rank, alpha and on/off of single matrices, or its text; default: all alike"
     )
     update_proj_gap: int = flag(200, "updates between changes of the subspace", unit="updates")
     projector: str = flag(
@@ -68,7 +72,11 @@ class GoLoreConfig:
     )
 
     def check(self) -> None:
-        """Ranges of single values."""
+        """Ranges of single values; of a file of ranks the text is kept, so that run.json has it."""
+        self.lora_config = table_text(self.lora_config)
+        table = rank_table(self.lora_config)
+        if table is not None and table.has_alpha:
+            raise ConfigError("--lora-config has an alpha, which a projector has not", None, "rank and enabled")
         at_least("lora-rank", self.lora_rank, 1)
         above("proj-scale", self.proj_scale, 0.0)
         at_least("update-proj-gap", self.update_proj_gap, 1)
@@ -85,7 +93,7 @@ class GoLore(Method):
 
     def adapters(self) -> Adapters:
         spec = LowRankSpec(self.config.lora_rank, self.config.proj_scale, projector=True)
-        return Adapters(spec, tuple(self.config.lora_target or ("*",)))
+        return Adapters(spec, tuple(self.config.lora_target or ("*",)), table=rank_table(self.config.lora_config))
 
     def initial_factors(
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype

@@ -19,6 +19,7 @@ import torch
 
 from megalowrank.config import above, at_least, flag
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankSpec
+from megalowrank.lowrank.rank_table import rank_table, table_text
 from megalowrank.methods.base import Adapters, Method
 from megalowrank.parallel.rng import generator
 
@@ -33,9 +34,13 @@ class LoRAConfig:
     lora_target: list | None = flag(
         None, "matrices to adapt: names or shell patterns; default: every linear of the blocks", nargs="+"
     )
+    lora_config: str | None = flag(
+        None, "TOML file with rank, alpha and on/off of single matrices, or its text; default: all alike"
+    )
 
     def check(self) -> None:
-        """Ranges of single values."""
+        """Ranges of single values; of a file of ranks the text is kept, so that run.json has it."""
+        self.lora_config = table_text(self.lora_config)
         at_least("lora-rank", self.lora_rank, 1)
         above("lora-alpha", self.lora_alpha, 0.0)
 
@@ -66,7 +71,8 @@ class LoRA(Method):
 
     def adapters(self) -> Adapters:
         rank = self.config.lora_rank
-        return Adapters(LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target or ("*",)))
+        spec, targets = LowRankSpec(rank, self.config.lora_alpha / rank), tuple(self.config.lora_target or ("*",))
+        return Adapters(spec, targets, table=rank_table(self.config.lora_config))
 
     def initial_factors(
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype

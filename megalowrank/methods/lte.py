@@ -27,6 +27,7 @@ import torch
 from megalowrank.config import ParallelConfig, TrainConfig, above, at_least, flag
 from megalowrank.errors import ConfigError, TrainingError
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec, folded_weights
+from megalowrank.lowrank.rank_table import rank_table, table_text
 from megalowrank.lowrank.subspace import stiefel
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.base import Adapters, Context, Method
@@ -44,6 +45,9 @@ class LTEConfig:
     lora_target: list | None = flag(
         None, "matrices to adapt: names or shell patterns; default: every linear of the blocks", nargs="+"
     )
+    lora_config: str | None = flag(
+        None, "TOML file with rank, alpha and on/off of single matrices, or its text; default: all alike"
+    )
     lte_heads: int = flag(1, "groups of ranks that train apart between merges", unit="heads", free=True)
     lte_merge_interval: int = flag(10, "updates between merges", unit="updates")
     lte_plain: str = flag(
@@ -57,7 +61,10 @@ class LTEConfig:
     lte_reset: bool = flag(False, "after a merge draw factors anew and forget their moments, instead of keeping both")
 
     def check(self) -> None:
-        """Ranges of single values."""
+        """Ranges of single values; of a file of ranks the text is kept, so that run.json has it."""
+        self.lora_config = table_text(self.lora_config)
+        if self.lora_config is not None and self.lte_heads_per_rank > 1:
+            raise ConfigError("--lora-config does not go with --lte-heads-per-rank", self.lte_heads_per_rank, 1)
         at_least("lora-rank", self.lora_rank, 1)
         above("lora-alpha", self.lora_alpha, 0.0)
         at_least("lte-heads", self.lte_heads, 1)
@@ -121,9 +128,8 @@ class LTE(Method):
         count = self.config.lte_heads_per_rank
         spec = LowRankSpec(count * rank, self.config.lora_alpha / rank, snapshot=True, chunks=count)
         plain = self.config.lte_plain
-        return Adapters(
-            spec, tuple(self.config.lora_target or ("*",)), frozen=plain == "frozen", shared=plain == "synchronous"
-        )
+        targets, table = tuple(self.config.lora_target or ("*",)), rank_table(self.config.lora_config)
+        return Adapters(spec, targets, frozen=plain == "frozen", shared=plain == "synchronous", table=table)
 
     def initial_factors(
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype
@@ -134,7 +140,8 @@ class LTE(Method):
         self, matrix: LogicalMatrix, seed: int, dtype: torch.dtype, *key: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A and Bᵀ = 0 of the heads of this rank, rounded to ``dtype``; ``key`` tells draws apart."""
-        rank, count = self.config.lora_rank, self.config.lte_heads_per_rank
+        count = self.config.lte_heads_per_rank
+        rank = matrix.rank // count
         heads = range(count * self.head, count * self.head + count)
         drawn = [stiefel(rank, matrix.in_features, seed, matrix.name, "A", head, *key) for head in heads]
         A = torch.cat(drawn) * math.sqrt(matrix.in_features / rank)
@@ -259,9 +266,9 @@ class LTE(Method):
         """Forward copies of all vectors, once an interval."""
         return 0.0, rank / self.config.lte_merge_interval, 0.0
 
-    def between_heads(self, rows: int, columns: int, itemsize: int) -> float:
+    def between_heads(self, rank: int, rows: int, columns: int, itemsize: int) -> float:
         """The cheaper way to merge, once an interval."""
-        vectors = self.config.lora_rank * self.config.lte_heads_per_rank * (1 if self.config.lte_reset else 2)
+        vectors = rank * (1 if self.config.lte_reset else 2)
         return (
             min(merge_bytes(vectors, rows, columns, self.config.lte_heads, itemsize)) / self.config.lte_merge_interval
         )

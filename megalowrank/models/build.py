@@ -91,6 +91,7 @@ class MatrixShape:
     rank: int
     out_features: int
     in_features: int
+    scale: float = 1.0
 
 
 @dataclass
@@ -139,9 +140,11 @@ def build_model(
     adapters = method.adapters()
     chosen, matrices = _choose(config, adapters)
     module = Transformer(config, length, chosen, recompute, dtype, place)
-    layers, tensors = _name(module, chosen, config)
+    layers, tensors = _name(module, chosen)
     if adapters is not None and adapters.frozen:
         module.frozen = [FrozenTensor(p.requires_grad_(False)) for p in _others(module, layers)]
+    elif adapters is not None:
+        module.frozen = [FrozenTensor(p) for p in _others(module, layers) if not p.requires_grad]
     if adapters is not None and adapters.shared:
         for parameter in _others(module, layers):
             mark_shared(parameter)
@@ -191,13 +194,11 @@ class _Source:
 
     def _without_factors(self, tensor: LogicalTensor, matrix: MatrixShape) -> torch.Tensor:
         """W - s·B·A, made whole so that no layout changes its rounding."""
-        adapters = self.method.adapters()
-        assert adapters is not None
         weight = self._plain(tensor)
         A, Bt = (
             factor.to(weight.dtype) for factor in self.method.initial_factors(matrix, self.seed, self.forward_dtype)
         )
-        return weight.addmm_(-Bt.t(), A, alpha=adapters.spec.scale)
+        return weight.addmm_(-Bt.t(), A, alpha=matrix.scale)
 
     def _plain(self, tensor: LogicalTensor) -> torch.Tensor:
         """The whole tensor as a model without factors has it: given, or N(0, std), ones for norms, zeros for biases."""
@@ -226,33 +227,38 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen
         for projection, parts in blocks.items():
             logical = [f"layers.{number}.{projection.split('.')[0]}.{part}" for part, _ in parts]
             names += logical
-            choice[projection] = adapters.spec if adapted(projection, logical, adapters.patterns) else None
-            if choice[projection] is not None:
+            choice[projection] = None
+            if adapted(projection, logical, adapters.patterns):
+                specs = choice[projection] = tuple(adapters.spec_of(name) for name in logical)
                 rows = [count for _, count in parts]
-                matrices += _shapes(adapters.spec, logical, rows, input_width(config, projection))
+                matrices += _shapes(specs, logical, rows, input_width(config, projection))
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
+    adapters.check_names(names)
     return chosen, matrices
 
 
-def _shapes(spec: LowRankSpec, names: Sequence[str], rows: Sequence[int], columns: int) -> list[MatrixShape]:
-    """The matrices of an adapted projection; factors that are larger than their matrix are refused."""
-    for name, count in zip(names, rows, strict=True):
+def _shapes(
+    specs: Sequence[LowRankSpec | None], names: Sequence[str], rows: Sequence[int], columns: int
+) -> list[MatrixShape]:
+    """The matrices of a projection that have factors; factors that are larger than their matrix are refused."""
+    found = []
+    for spec, name, count in zip(specs, names, rows, strict=True):
+        if spec is None:
+            continue
         if spec.rank // spec.chunks > min(count, columns):
             raise ConfigError(
                 f"--lora-rank is larger than the matrix {name} [{count}, {columns}]",
                 spec.rank // spec.chunks,
                 f"<= {min(count, columns)}, or a --lora-target that leaves it out",
             )
-    return [MatrixShape(name, spec.rank, count, columns) for name, count in zip(names, rows, strict=True)]
+        found.append(MatrixShape(name, spec.rank, count, columns, spec.scale))
+    return found
 
 
-def _name(
-    module: Transformer, chosen: Sequence[Chosen], config: ModelConfig
-) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
+def _name(module: Transformer, chosen: Sequence[Chosen]) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
     """Give every matrix its logical name and global index, and list all logical tensors."""
-    parts = projections(config)
-    counts = [sum(len(parts[name]) for name, spec in choice.items() if spec is not None) for choice in chosen]
+    counts = [sum(spec is not None for specs in choice.values() for spec in specs or ()) for choice in chosen]
     layers: list[LowRankFactors] = []
     tensors: list[LogicalTensor] = []
     if module.embedding is not None:

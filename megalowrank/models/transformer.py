@@ -30,7 +30,7 @@ from megalowrank.models.vocabulary import Head, WordEmbedding, token_losses
 from megalowrank.parallel.partition import share
 from megalowrank.parallel.wire import Wire, mark_partial
 
-Chosen = dict[str, LowRankSpec | None]
+Chosen = dict[str, tuple[LowRankSpec | None, ...] | None]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def back_and_out_again(folder: Path) -> None:
     from_hf(out / "base", folder / "back", out / "adapter", quiet)
     before, after = SavedWeights.open(folder / "run"), SavedWeights.open(folder / "back")
     assert after.run["method"] == "lora" and after.names == before.names
-    assert after.scale == pytest.approx(before.scale, rel=1e-12)
+    assert after.scale("layers.0.attention.q") == pytest.approx(before.scale("layers.0.attention.q"), rel=1e-12)
     for name in (name.removesuffix(".weight") for name in before.names):
         pair, other = before.factors(name), after.factors(name)
         assert (pair is None) == (other is None), name
@@ -144,7 +144,7 @@ def test_adapters_of_others_come_in(name: str, tmp_path: Path) -> None:
     saved = SavedWeights.open(tmp_path / "ours")
     found = load_plain(saved).module.logits(tokens()).transpose(0, 1)
     assert (found - expected).abs().max() < 1e-4
-    assert saved.run["method_config"]["lora_rank"] == 3 and saved.scale == pytest.approx(5 / 3)
+    assert saved.run["method_config"]["lora_rank"] == 3 and saved.scale("layers.0.attention.q") == pytest.approx(5 / 3)
 
 
 @pytest.mark.parametrize(

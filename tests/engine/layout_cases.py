@@ -357,7 +357,7 @@ def _place(whole: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
 def difference(found: Run, expected: Run) -> dict[str, float]:
     """The largest absolute difference per kind of tensor (NaN: infinite), of losses and of gradient norms.
 
-    ``mean`` is the mean absolute difference of masters and weights.
+    Of norms above 1 it is relative. ``mean`` is the mean absolute difference of masters and weights.
     """
     assert found.tensors.keys() == expected.tensors.keys()
     report: dict[str, float] = {}
@@ -371,7 +371,7 @@ def difference(found: Run, expected: Run) -> dict[str, float]:
     report["mean"] = float(torch.cat(both).mean())
     for kind in ("losses", "norms"):
         pairs = zip(getattr(found, kind), getattr(expected, kind), strict=True)
-        report[kind] = max(abs(a - b) if a == a or b == b else 0.0 for a, b in pairs)
+        report[kind] = max(abs(a - b) / max(1.0, abs(b)) if a == a or b == b else 0.0 for a, b in pairs)
     return report
 
 

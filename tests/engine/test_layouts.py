@@ -89,10 +89,10 @@ def core(case: dict[str, Any]) -> bool:
     m, f = list(METHODS).index(case["method"]), list(FAMILIES).index(case["family"])
     number = list(LAYOUTS).index(case["layout"])
     if case["layout"] in TABLE and not case.keys() & {"float64", "bf16", "poison", "flags"}:
-        return (m + number) % 4 == 0 and (m // 2 + number) % len(FAMILIES) == f
+        return (m + number) % 5 == 0 and (m // 2 + number) % len(FAMILIES) == f
     if "float64" in case and "poison" not in case:
-        return (m + number + (case["schedule"] == "ride")) % 4 == 0
-    return (m + number) % 4 == 0 or case["layout"] in ("pp2", "tp2 sp")
+        return (m + number + (case["schedule"] == "ride")) % 6 == 0
+    return (m + number) % 6 == 0 or case["layout"] in ("pp2", "tp2 sp")
 
 
 def cells(cases: Iterator[dict[str, Any]]) -> list[Any]:
@@ -127,7 +127,7 @@ def test_what_always_runs_has_everything_once() -> None:
     for key, whole in (("method", METHODS), ("family", FAMILIES), ("layout", {case["layout"] for case in CASES})):
         assert {case[key] for case in chosen} >= set(whole)
     for method in METHODS:
-        assert len({case["layout"] for case in chosen if case["method"] == method}) >= 4
+        assert len({case["layout"] for case in chosen if case["method"] == method}) >= 3
     assert {case["schedule"] for case in chosen if case.get("float64") and "schedule" in case} == {"ride", "partial"}
 
 

@@ -12,6 +12,7 @@ from megalowrank.lowrank.factors import LowRankSpec
 from megalowrank.lowrank.fold import Tap
 from megalowrank.lowrank.functions import LowRankColumnFunction, LowRankRowFunction
 from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
+from megalowrank.lowrank.pairs import Pairs
 from megalowrank.parallel.partition import share
 from megalowrank.parallel.wire import Wire, partial_parameters
 from tests.lowrank.linear_cases import core_config
@@ -48,7 +49,13 @@ def plain(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, A: Any, B
 
 
 def function(kind: str, x: Any, W: Any, bias: Any, A: Any, Bt: Any, wire: Wire = ALONE[0]) -> torch.Tensor:
-    return FUNCTIONS[kind].apply(x, W, bias, SCALE, wire, None, None, *A, *Bt)
+    return FUNCTIONS[kind].apply(x, W, bias, pairs_of(A, Bt), wire, None, None, *A, *Bt)
+
+
+def pairs_of(A: Any, Bt: Any, scales: tuple[float, ...] | None = None) -> Pairs:
+    """Consecutive row blocks, all of them with the one scale unless ``scales`` are given."""
+    starts = [sum(b.shape[1] for b in Bt[:g]) for g in range(len(Bt))]
+    return Pairs(tuple(starts), scales or (SCALE,) * len(A))
 
 
 def leaves(given: dict[str, Any]) -> list[torch.Tensor]:
@@ -89,6 +96,27 @@ def test_fixed_factors_get_no_gradient_and_change_no_other(kind: str, fixed: tup
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("scales", [(0.5, 0.25, 2.0), (0.5, 0.0, 2.0), (0.0, 0.0, 0.0)], ids=str)
+def test_every_pair_has_its_scale_and_0_turns_it_off(kind: str, scales: tuple[float, ...]) -> None:
+    """Its factors then get gradient 0, and no product sees them: they may be NaN."""
+    given = inputs(GROUPS["grouped query"], (4,), True)
+    A, Bt, on = given["A"], given["Bt"], [bool(s) for s in scales]
+    weights = torch.randn(4, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    terms = [s * b.t() @ a for s, a, b in zip(scales, A, Bt, strict=True)]
+    expected = given["x"] @ (given["W"] + torch.cat(terms)).t() + given["bias"]
+    other = torch.autograd.grad((expected * weights).sum(), leaves(given))
+    for a, keep in zip(A, on, strict=True):
+        a.data.mul_(1.0 if keep else torch.nan)
+    found = FUNCTIONS[kind].apply(
+        given["x"], given["W"], given["bias"], pairs_of(A, Bt, scales), ALONE[0], None, None, *A, *Bt
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    own = torch.autograd.grad((found * weights).sum(), leaves(given))
+    for mine, theirs in zip(own, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("lead", LEADS, ids=str)
 def test_a_tap_gives_the_gradient_of_the_frozen_weight(kind: str, lead: tuple[int, ...]) -> None:
     """And nothing but its anchor needs to be asked for; every other gradient is as without it."""
@@ -96,8 +124,8 @@ def test_a_tap_gives_the_gradient_of_the_frozen_weight(kind: str, lead: tuple[in
     found: list[torch.Tensor] = []
     anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
     y = FUNCTIONS[kind].apply(
-        given["x"], given["W"], given["bias"], SCALE, ALONE[0], Tap(anchor, found.append), anchor,
-        *given["A"], *given["Bt"],
+        given["x"], given["W"], given["bias"], pairs_of(given["A"], given["Bt"]), ALONE[0],
+        Tap(anchor, found.append), anchor, *given["A"], *given["Bt"],
     )  # fmt: skip
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     torch.autograd.grad((y * weights).sum(), [anchor], retain_graph=True)

@@ -11,6 +11,7 @@ from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.lowrank.factors import LowRankFactors
 from megalowrank.lowrank.fold import FoldedWeight
 from megalowrank.lowrank.functions import LowRankColumnFunction
+from megalowrank.lowrank.pairs import Pairs
 from megalowrank.methods.base import Context
 from megalowrank.methods.golore import GoLore
 from megalowrank.parallel.wire import Wire
@@ -44,7 +45,8 @@ class OneMatrix(torch.nn.Module):
         tap, layer = self.layer.weight.tap, self.layer
         anchor = None if tap is None else tap.anchor
         eye = torch.eye(layer.in_features, dtype=torch.float64)
-        return LowRankColumnFunction.apply(eye, self.W, None, layer.scale, Wire(), tap, anchor, self.A, self.Bt).t()
+        pairs = Pairs((0,), (layer.scale,))
+        return LowRankColumnFunction.apply(eye, self.W, None, pairs, Wire(), tap, anchor, self.A, self.Bt).t()
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.loss(self.whole(), batch)

@@ -33,7 +33,7 @@ def run(corpus: TinyCorpus, family: str, folder: Path, *more: str) -> dict[str, 
     return json.loads((folder / "run.json").read_text())["model"]
 
 
-@pytest.mark.parametrize("family", GPT_FAMILIES)
+@pytest.mark.parametrize("family", GPT_FAMILIES[:1])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(family: str, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     model = run(tiny_corpus, family, whole, "--save-interval", "4")

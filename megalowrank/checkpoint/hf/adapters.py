@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,17 @@ def write_adapter(folder: Path, saved: SavedWeights, base: str) -> int:
         method = f"--method {saved.run['method']}"
         raise ConfigError("--adapters would lose the snapshots that are subtracted", method, "merged weights")
     values: dict[str, torch.Tensor] = {}
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, float]] = {}
     for module in _modules(config):
-        factors = [saved.factors(part.removesuffix(".weight")) for part in module.parts]
-        given = [pair for pair in factors if pair is not None]
-        if not given:
+        matrices = [part.removesuffix(".weight") for part in module.parts]
+        scale = next((saved.scale(name) for name in matrices if saved.factors(name) is not None), None)
+        if scale is None:
             continue
-        A, B = _fuse(given, module)
+        A, B = _fuse(saved, matrices, module, scale)
         path = module.name.removesuffix(".weight")
         values[f"base_model.model.{path}.lora_A.weight"] = A
         values[f"base_model.model.{path}.lora_B.weight"] = B
-        found[path] = len(given)
+        found[path] = len(A), scale * len(A)
     write_safetensors(folder / "adapter_model.safetensors", values)
     write_json(folder / "adapter_config.json", _config(config, found, saved, base))
     return len(found)
@@ -67,13 +67,19 @@ def _modules(config: ModelConfig) -> Iterator[Stored]:
     return (stored for stored in stored_tensors(config) if stored.name.startswith(blocks) and len(stored.shape) == 2)
 
 
-def _fuse(factors: list[tuple[torch.Tensor, torch.Tensor]], module: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [n·r, in] and B [out, n·r] of a module that fuses n matrices."""
-    A, rank = torch.cat([A for A, _ in factors]), len(factors[0][0])
-    blocks = []
-    for number, (_, Bt) in enumerate(factors):
-        block = Bt.new_zeros(Bt.shape[1], len(A))
-        block[:, number * rank : (number + 1) * rank] = Bt.t()
+def _fuse(
+    saved: SavedWeights, matrices: Sequence[str], module: Stored, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, in] and B [out, R] of a module that fuses matrices, R the sum of their ranks, for one common scale."""
+    factors = {name: pair for name in matrices if (pair := saved.factors(name)) is not None}
+    A = torch.cat([A for A, _ in factors.values()])
+    first, blocks = 0, []
+    for name, part in zip(matrices, module.shapes, strict=True):
+        block = A.new_zeros(part[0], len(A))
+        if name in factors:
+            Bt = factors[name][1]
+            block[:, first : first + len(Bt)] = Bt.t() * (saved.scale(name) / scale)
+            first += len(Bt)
         blocks.append(block)
     return A.contiguous(), _rows(module).join(blocks)
 
@@ -83,21 +89,35 @@ def _rows(module: Stored) -> Stored:
     return Stored(module.name, module.parts, module.shapes, module.heads)
 
 
-def _config(config: ModelConfig, found: dict[str, int], saved: SavedWeights, base: str) -> dict[str, Any]:
+def _config(config: ModelConfig, found: dict[str, tuple[int, float]], saved: SavedWeights, base: str) -> dict[str, Any]:
+    """``found``: rank and alpha by module."""
     assert saved.adapters is not None
-    rank, names = saved.adapters.spec.rank, names_of(config)
+    spec, names = saved.adapters.spec, names_of(config)
     short = {path: _short(path, list(names.block.values())) for path in names.block.values()}
     layers = config.num_layers or 0
     inner = {path.removeprefix(f"{names.blocks}.").partition(".")[2] for path in found}
     targets = sorted(short[path] for path in inner) if len(found) == layers * len(inner) else sorted(found)
-    fused = {path.rsplit(".", 1)[-1]: count for path, count in found.items() if count > 1}
+    other = _others(found, (spec.rank, spec.scale * spec.rank))
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": saved.scale * rank, "lora_dropout": 0.0, "target_modules": targets, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.rank,
+        "lora_alpha": spec.scale * spec.rank, "lora_dropout": 0.0, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": names.transposed, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
-        "rank_pattern": {name: count * rank for name, count in fused.items()},
-        "alpha_pattern": {name: saved.scale * count * rank for name, count in fused.items()},
+        "rank_pattern": {name: rank for name, (rank, _) in other.items()},
+        "alpha_pattern": {name: alpha for name, (_, alpha) in other.items()},
     }  # fmt: skip
+
+
+def _others(found: dict[str, tuple[int, float]], usual: tuple[int, float]) -> dict[str, tuple[int, float]]:
+    """The modules that are not as ``usual``, by their last word where all of that name are alike."""
+    by_word: dict[str, set[tuple[int, float]]] = {}
+    for path, values in found.items():
+        by_word.setdefault(path.rsplit(".", 1)[-1], set()).add(values)
+    chosen = {}
+    for path, values in found.items():
+        word = path.rsplit(".", 1)[-1]
+        if values != usual:
+            chosen[word if len(by_word[word]) == 1 else path] = values
+    return chosen
 
 
 def _short(path: str, paths: list[str]) -> str:

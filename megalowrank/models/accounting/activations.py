@@ -117,7 +117,7 @@ def _norm(config: ModelConfig, layout: Layout) -> int:
 
 def _column_input(config: ModelConfig, layout: Layout, projection: Projection) -> int:
     """The input of a column-parallel product, and the narrow product."""
-    gathered = projection.rank is not None and not layout.rides(projection.kind)
+    gathered = projection.adapted and not layout.rides(projection.kind)
     tokens = layout.tokens if gathered else layout.own_tokens
     return layout.low * tokens * (config.hidden_size or 0) + _narrow(layout, projection)
 

@@ -118,7 +118,7 @@ def _pool(config: ModelConfig, adapters: Adapters | None, layout: Layout, stage:
     """Candidates of a rank: the vectors of A and B are split as the factors, and dealt out to data-parallel ranks."""
     blocks, kept = stage_blocks(config, adapters, layout, stage), 0
     for projection in all_projections(config, adapters):
-        if projection.rank is None or projection.block not in blocks:
+        if not projection.adapted or projection.block not in blocks:
             continue
         for matrix, (rows, columns) in zip(projection.matrices, local_sizes(projection, layout), strict=True):
             kept += -(-matrix.spare // layout.data_size) * (rows + columns)

@@ -80,18 +80,20 @@ def local_sizes(projection: Projection, layout: Layout) -> list[tuple[int, int]]
 def _linear(projection: Projection, layout: Layout, biases: bool) -> Iterator[Part]:
     """W, bias, A and Bᵀ of every matrix, their snapshots; the factor that is replicated may have a partial gradient."""
     module, sizes = f"layers.{projection.block}.{projection.kind}", local_sizes(projection, layout)
-    rows, adapted = sum(rows for rows, _ in sizes), projection.rank is not None
+    rows, adapted = sum(rows for rows, _ in sizes), projection.adapted
     yield Part(module, "weight", sum(rows * columns for rows, columns in sizes), not adapted, folded=adapted)
     if biases:
         split = layout.splits_sequence and not projection.by_rows
         yield Part(module, "bias", rows, vector=True, partial=split)
-    if projection.rank is None:
+    if not projection.adapted:
         return
     partial = layout.splits_sequence or (layout.tensor_size > 1 and not layout.rides(projection.kind))
     for matrix, (out, into) in zip(projection.matrices, sizes, strict=True):
-        train_A, train_B = matrix.trained
-        yield Part(module, "A", projection.rank * into, train_A, partial=partial and projection.by_rows)
-        yield Part(module, "B", projection.rank * out, train_B, partial=partial and not projection.by_rows)
+        train_A, train_B, rank = *matrix.trained, matrix.rank or 0
+        if not rank:
+            continue
+        yield Part(module, "A", rank * into, train_A, partial=partial and projection.by_rows)
+        yield Part(module, "B", rank * out, train_B, partial=partial and not projection.by_rows)
         if matrix.snapshot:
-            yield Part(module, "A_snapshot", projection.rank * into, False)
-            yield Part(module, "B_snapshot", projection.rank * out, False)
+            yield Part(module, "A_snapshot", rank * into, False)
+            yield Part(module, "B_snapshot", rank * out, False)

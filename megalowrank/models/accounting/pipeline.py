@@ -62,7 +62,7 @@ def _linear(projection: Projection, layout: Layout, again: int) -> float:
     """FLOPs per token of a fused projection; torch does not repeat a plain down projection that sends nothing."""
     sizes = local_sizes(projection, layout)
     weight = 2.0 * sum(rows * columns for rows, columns in sizes)
-    if projection.rank is None:
+    if not projection.adapted:
         ends = projection.kind == "mlp.down" and layout.tensor_size == 1
         return weight * (3 + again * (not ends))
     share_of_tokens = layout.tensor_size if layout.splits_sequence and layout.rides(projection.kind) else 1

@@ -63,14 +63,16 @@ def refresh_of(
     tally, blocks, held = Tally(layout), stage_blocks(config, adapters, layout, stage), 0
     shared = 0
     for projection in all_projections(config, adapters):
-        if projection.block not in blocks or projection.rank is None:
+        if projection.block not in blocks or not projection.adapted:
             continue
         for matrix, (rows, columns) in zip(projection.matrices, local_sizes(projection, layout), strict=True):
+            if not matrix.rank:
+                continue
             right = projects_rows(matrix.rows, matrix.columns)
             _search(tally, matrix, rows, columns, split=projection.by_rows != right and layout.tensor_size > 1)
-            shared += (matrix.rank or 0) * (matrix.columns if right else matrix.rows)
+            shared += matrix.rank * (matrix.columns if right else matrix.rows)
             own, length = (rows, columns) if right else (columns, rows)
-            _turn(tally, (matrix.rank or 0) * own, (matrix.rank or 0) * length, plan.rotates)
+            _turn(tally, matrix.rank * own, matrix.rank * length, plan.rotates)
             held += rows * columns * _FLOAT
     for kind in ("tensor", "data"):
         tally.add(kind, "all-reduce", _FLOAT * (shared + plan.passes), plan.passes)

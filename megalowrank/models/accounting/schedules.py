@@ -38,7 +38,7 @@ def choose_schedules(config: ModelConfig, adapters: Adapters | None, layout: Lay
     if layout.tensor_size == 1:
         return chosen
     for projection in all_projections(config, adapters):
-        if projection.rank is not None:
+        if projection.adapted:
             ride, partial = schedule_costs(config, projection, layout)
             chosen[projection.kind] = "partial" if partial < ride else "ride"
     return chosen

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalowrank.config import ModelConfig
-from megalowrank.lowrank.factors import LowRankSpec
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters
 from megalowrank.models.architecture import architecture
@@ -18,6 +17,8 @@ from megalowrank.models.projections import input_width, projections
 @dataclass(frozen=True)
 class Matrix:
     """A logical matrix W [rows, columns] of a block; ``rank`` is that of its factors, None for a trained W.
+
+    Rank 0 is a frozen W without factors.
 
     ``trained``: whether A and B have gradients. ``snapshot``: there is a second pair of factors without.
     """
@@ -52,7 +53,7 @@ class Matrix:
     @property
     def spare(self) -> int:
         """Candidates of each factor: min(m, n) - r, never below 0."""
-        return max(0, min(self.rows, self.columns) - (self.rank or 0))
+        return max(0, min(self.rows, self.columns) - self.rank) if self.rank else 0
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Projection:
     matrices: tuple[Matrix, ...]
 
     @property
-    def rank(self) -> int | None:
-        """Rank of the factors of each matrix; None for a trained W."""
-        return self.matrices[0].rank
+    def adapted(self) -> bool:
+        """Whether W is frozen."""
+        return self.matrices[0].rank is not None
 
     @property
     def width(self) -> int:
@@ -93,19 +94,22 @@ def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Proj
             logical = [f"layers.{number}.{kind.split('.')[0]}.{part}" for part, _ in parts]
             names += logical
             chosen = adapters is not None and adapted(kind, logical, adapters.patterns)
-            spec = adapters.spec if adapters is not None and chosen else None
             sizes = zip(logical, (rows for _, rows in parts), strict=True)
             columns = input_width(config, kind)
-            matrices = tuple(_matrix(name, rows, columns, spec) for name, rows in sizes)
+            matrices = tuple(_matrix(name, rows, columns, adapters if chosen else None) for name, rows in sizes)
             found.append(Projection(number, kind, matrices))
     if adapters is not None:
         check_patterns(adapters.patterns, names)
+        adapters.check_names(names)
     return found
 
 
-def _matrix(name: str, rows: int, columns: int, spec: LowRankSpec | None) -> Matrix:
-    if spec is None:
+def _matrix(name: str, rows: int, columns: int, adapters: Adapters | None) -> Matrix:
+    if adapters is None:
         return Matrix(name, rows, columns, None)
+    spec = adapters.spec_of(name)
+    if spec is None:
+        return Matrix(name, rows, columns, 0, (False, False))
     return Matrix(name, rows, columns, spec.rank, spec.trained(rows, columns), spec.snapshot)
 
 

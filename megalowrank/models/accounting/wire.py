@@ -32,7 +32,7 @@ from megalowrank.models.architecture import architecture
 from megalowrank.parallel.traffic import Volume
 
 Reads = Callable[[Matrix], tuple[float, float, float]]
-Crossing = Callable[[int, int, int], float]
+Crossing = Callable[[int, int, int, int], float]
 
 _FLOAT = 4
 
@@ -49,8 +49,9 @@ def wire_bytes(
 
     ``reads`` says what a method reads of a matrix before an update, in vectors of A and as many of B: masters, forward
     copies, and vectors that data-parallel ranks keep for one another; on average, or of one update. ``crossing``
-    says what a rank receives from other heads for a matrix, of its rows, columns and bytes of an element: *heads*,
-    which is not a group that ``Traffic`` sees. Raises ConfigError for bad patterns, and for more stages than blocks.
+    says what a rank receives from other heads for a matrix, of its rank, rows, columns and bytes of an element:
+    *heads*, which is not a group that ``Traffic`` sees. Raises ConfigError for bad patterns, and for more stages than
+    blocks.
     """
     tally = Tally(layout)
     parts = rank_parts(config, adapters, layout, stage)
@@ -81,7 +82,7 @@ def _method(tally: Tally, projections: Iterable[Projection], reads: Reads) -> No
     wanted = 0.0
     for projection in projections:
         sizes = zip(projection.matrices, local_sizes(projection, layout), strict=True)
-        for matrix, (rows, columns) in sizes if projection.rank is not None else ():
+        for matrix, (rows, columns) in sizes if projection.adapted else ():
             masters, forward, beside = reads(matrix)
             vectors = beside + masters * layout.sharded + forward * (layout.zero == 3)
             wanted += vectors * (rows + columns)
@@ -91,8 +92,11 @@ def _method(tally: Tally, projections: Iterable[Projection], reads: Reads) -> No
 def _cross(tally: Tally, projections: Iterable[Projection], crossing: Crossing) -> None:
     """What heads exchange for all matrices of a stage, as bytes received per update on average."""
     layout = tally.layout
-    adapted = [projection for projection in projections if projection.rank is not None]
-    received = sum(crossing(*size, layout.low) for p in adapted for size in local_sizes(p, layout))
+    adapted = [projection for projection in projections if projection.adapted]
+    received = sum(
+        crossing(matrix.rank or 0, *size, layout.low)
+        for p in adapted for matrix, size in zip(p.matrices, local_sizes(p, layout), strict=True)
+    )  # fmt: skip
     if received:
         tally.volumes["heads", "received"] = Volume(1, round(received))
 
@@ -100,7 +104,7 @@ def _cross(tally: Tally, projections: Iterable[Projection], crossing: Crossing) 
 def _linear(tally: Tally, projection: Projection, hidden: int) -> None:
     """The activation collectives of a fused projection; those of the forward pass again where it is recomputed."""
     layout = tally.layout
-    riding = projection.rank is not None and layout.rides(projection.kind)
+    riding = projection.adapted and layout.rides(projection.kind)
     width = hidden + projection.width * riding
     forward = layout.accumulation * (2 if layout.recompute else 1)
     if not layout.splits_sequence:
@@ -110,7 +114,7 @@ def _linear(tally: Tally, projection: Projection, hidden: int) -> None:
     first, second = ("all-gather", "reduce-scatter") if projection.by_rows else ("reduce-scatter", "all-gather")
     tally.add("tensor", first, forward * _activation(layout, width), forward)
     tally.add("tensor", second, layout.accumulation * _activation(layout, width), layout.accumulation)
-    if projection.by_rows and projection.rank is None:
+    if projection.by_rows and not projection.adapted:
         tally.add("tensor", first, layout.accumulation * _activation(layout, hidden), layout.accumulation)
 
 
