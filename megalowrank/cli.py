@@ -93,7 +93,7 @@ def parse(argv: Sequence[str], method_configs: Mapping[str, type], program: str)
 
 def _check_profile(diagnostics: DiagnosticsConfig, train: TrainConfig) -> None:
     profiled = diagnostics.profiled()
-    if profiled is not None and profiled.start >= train.train_iters:
+    if profiled is not None and train.epochs is None and profiled.start >= train.train_iters:
         allowed = f"updates below --train-iters {train.train_iters}"
         raise ConfigError("--profile-steps begins after the last update", diagnostics.profile_steps, allowed)
 

@@ -48,7 +48,7 @@ class ModelConfig:
 
     preset: str | None = flag(None, "published model shape, e.g. llama_350m; other flags override it", free=True)
     model_family: str | None = flag(
-        None, "llama, gpt2 or neox (GPT-NeoX, Pythia); default: the preset's, else the program's first"
+        None, "llama, gpt2, neox (GPT-NeoX, Pythia) or opt; default: the preset's, else the program's first"
     )
     num_layers: int | None = flag(None, "transformer blocks")
     hidden_size: int | None = flag(None, "width of the residual stream")
@@ -66,9 +66,12 @@ class ModelConfig:
     rotary_base: float | None = flag(None, "base of the rotary position embedding; default: 10000")
     rotary_percent: float | None = flag(None, "share of every head that is rotated; default: 1 (llama) or 0.25 (neox)")
     tie_word_embeddings: bool | None = flag(
-        None, "use the embedding as the output projection; default: yes for gpt2, no for others"
+        None, "use the embedding as the output projection; default: yes for gpt2 and opt, no for others"
     )
     init_method_std: float = flag(0.02, "standard deviation of the initial weights")
+    num_labels: int | None = flag(
+        None, "outputs of the head of --task classification, 1 of a regression; default: as many as the data have"
+    )
 
     def check(self) -> None:
         """Every size is present, positive and divides where it has to; defaults are filled in before."""
@@ -87,6 +90,8 @@ class ModelConfig:
         at_least("init-method-std", self.init_method_std, 0.0)
         if self.max_position_embeddings is not None:
             at_least("max-position-embeddings", self.max_position_embeddings, 1)
+        if self.num_labels is not None:
+            at_least("num-labels", self.num_labels, 1)
         if self.rotary_percent is not None:
             self._check_rotary()
 
@@ -113,10 +118,17 @@ class TrainConfig:
     """Length, batch, optimizer and schedule of a run."""
 
     method: str = flag("switchlora", "what is trained, and how")
+    task: str = flag(
+        "language-modeling", "what is learned: the next token, or the labels of --labelled-data (or their values)",
+        choices=("language-modeling", "classification"),
+    )  # fmt: skip
     seq_length: int = flag(512, "length of a sample", unit="tokens")
     micro_batch_size: int | None = flag(None, "samples of one forward pass on one rank")
     global_batch_size: int | None = flag(None, "samples of one update over all ranks")
     train_iters: int = flag(1000, "updates of the run", unit="updates")
+    epochs: int | None = flag(
+        None, "passes over --labelled-data, instead of --train-iters; the last update is filled from the next pass"
+    )
     lr: float | None = flag(None, "peak learning rate; default: optimizer.params.lr of the DeepSpeed JSON")
     min_lr: float = flag(0.0, "learning rate at the end of the decay")
     lr_decay_style: str = flag(
@@ -160,18 +172,23 @@ class TrainConfig:
             at_least(name.replace("_", "-"), getattr(self, name), minimum)
         for name in (
             "micro_batch_size", "global_batch_size", "lr_decay_iters", "lr_restart_interval", "exit_interval",
-            "exit_duration_in_mins",
+            "exit_duration_in_mins", "epochs",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"--{name.replace('_', '-')} is out of range", getattr(self, name), "0 <= beta < 1")
-        if self.lr_warmup_iters > (self.lr_decay_iters or self.train_iters):
-            raise ConfigError("--lr-warmup-iters is longer than the decay", self.lr_warmup_iters)
+        if self.epochs is None:
+            self.check_warmup()
         for name in ("min_lr", "lr_decay_iters") if self.lr_decay_style == "constant" else ():
             if getattr(self, name):
                 raise ConfigError(f"--{name.replace('_', '-')} has no effect with --lr-decay-style constant")
+
+    def check_warmup(self) -> None:
+        """The decay does not end before the warm-up; with ``epochs`` it is known when ``train_iters`` is."""
+        if self.lr_warmup_iters > (self.lr_decay_iters or self.train_iters):
+            raise ConfigError("--lr-warmup-iters is longer than the decay", self.lr_warmup_iters)
 
 
 @dataclass
@@ -227,7 +244,14 @@ class DataConfig:
     tokenizer_model: str | None = flag(
         None, "tokenizer that the tokens were made with: sentencepiece model or Hugging Face folder"
     )
-    eval_interval: int = flag(100, "updates between evaluations; 0: only at the end", unit="updates")
+    labelled_data: str | None = flag(
+        None, "task to learn: folder of train.jsonl and validation.jsonl (text, perhaps text_pair, label), folder of "
+        "save_to_disk, GLUE task, or NAME[:CONFIG] on the hub",
+    )  # fmt: skip
+    eval_interval: int | None = flag(
+        None, "updates between evaluations; 0: only at the end; default: 100, of a labelled task its epochs",
+        unit="updates",
+    )  # fmt: skip
     eval_iters: int = flag(10, "global batches per evaluation; 0: none", unit="batches")
 
     def check(self) -> None:
@@ -238,7 +262,8 @@ class DataConfig:
             raise ConfigError("--valid-data-path needs --train-data-path")
         if self.train_data_path and self.split != DataConfig.split:
             raise ConfigError("--split has no effect with --train-data-path", self.split)
-        at_least("eval-interval", self.eval_interval, 0)
+        if self.eval_interval is not None:
+            at_least("eval-interval", self.eval_interval, 0)
         at_least("eval-iters", self.eval_iters, 0)
 
 

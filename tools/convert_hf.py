@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face model, and the other way round: LLaMA, GPT-2 and GPT-NeoX.
+"""A checkpoint as a Hugging Face model, and the other way round: LLaMA, GPT-2, GPT-NeoX and OPT.
 
     python tools/convert_hf.py to-hf runs/quickstart/checkpoints OUT
     python tools/convert_hf.py to-hf runs/quickstart/checkpoints OUT --adapters

@@ -34,6 +34,8 @@ def load_model(saved: SavedWeights, device: torch.device) -> BuiltModel:
 
     A process group of one has to exist.
     """
+    if saved.model_config().num_labels is not None:
+        raise ConfigError(f"{saved.checkpoint.path.name} is of a labelled task and continues no text")
     model = load_plain(saved)
     model.module.to(device)
     return model

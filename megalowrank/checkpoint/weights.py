@@ -16,6 +16,7 @@ from megalowrank.lowrank.fold import join_residual
 from megalowrank.methods import method_class
 from megalowrank.parallel.collectives import gather_texts
 
+HEAD, SCORE = "output.weight", "score.weight"  # of the vocabulary, and of a labelled task
 _FACTORS = (".A", ".B")
 
 
@@ -51,6 +52,20 @@ class SavedWeights:
                 f"unknown {sorted(saved.keys() - known)[0]}",
             )
         return ModelConfig(**saved)
+
+    def leave_heads(self, labels: tuple[str, ...] | None) -> bool:
+        """Take no notice of the head, unless it is that of a task with these ``labels``.
+
+        Returns whether the task needs a new one.
+        """
+        known = self.run.get("labels")
+        same = SCORE in self.names and labels == (None if known is None else tuple(known))
+        self.names -= {HEAD} if same else {HEAD, SCORE}
+        return not same
+
+    def initial(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """As ``read``, for a model that starts from it; None for the head of a task that it has not."""
+        return None if name == SCORE and name not in self.names else self.read(name, shape)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight called ``name`` with s·B·A merged into it: float32 (or float64) of ``shape``.

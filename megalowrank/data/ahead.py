@@ -41,6 +41,10 @@ class BatchesAhead:
         self._coming = attempt + 1, self._pool.submit(self._read, attempt + 1)
         return batches
 
+    def peek(self, attempt: int) -> list[torch.Tensor]:
+        """As ``take``, now and for a look: what is read ahead stays."""
+        return self._read(attempt)
+
     def close(self) -> None:
         """End the thread; no update can be taken afterwards."""
         self._coming = None

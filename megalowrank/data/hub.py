@@ -55,7 +55,7 @@ class SavedDataset:
         try:
             data = datasets.load_from_disk(self.path)
         except Exception as error:  # broken folders surface as anything, from KeyError to ArrowInvalid
-            raise ConfigError(f"cannot read {self.path}", _reason(error), "a folder of save_to_disk") from None
+            raise ConfigError(f"cannot read {self.path}", reason(error), "a folder of save_to_disk") from None
         if isinstance(data, datasets.DatasetDict):
             if self.split not in data:
                 raise ConfigError(
@@ -91,7 +91,7 @@ class HubDataset:
         try:
             commit = HfApi().dataset_info(name, revision=revision, timeout=60).sha
         except Exception as error:  # without a network, anything from httpx or the hub's own errors
-            raise ConfigError(f"cannot find the dataset {name} on the hub", _reason(error)) from None
+            raise ConfigError(f"cannot find the dataset {name} on the hub", reason(error)) from None
         return cls(name, config, split, commit, key)
 
     def describe(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class HubDataset:
         except ConfigError:
             raise
         except Exception as error:  # a stream that ends, a file that is not what it should be
-            raise ConfigError(f"{place} cannot be read", _reason(error), "run again: finished parts are kept") from None
+            raise ConfigError(f"{place} cannot be read", reason(error), "run again: finished parts are kept") from None
 
     def _open(self) -> Any:
         import datasets
@@ -129,8 +129,9 @@ class HubDataset:
             )
         except Exception as error:  # unknown names, configurations and splits each raise something else
             allowed = "a dataset, --dataset-config and --dataset-split that exist"
-            raise ConfigError(f"cannot open the dataset {self.name}", _reason(error), allowed) from None
+            raise ConfigError(f"cannot open the dataset {self.name}", reason(error), allowed) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

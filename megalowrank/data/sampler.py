@@ -56,6 +56,21 @@ def key_of(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def epoch_order(positions: np.ndarray, length: int, seed: int | None) -> np.ndarray:
+    """Which of ``length`` samples is at each position [n] of an endless stream of passes; int64 [n].
+
+    Every pass has its own order, drawn from (seed, pass); without a seed all are in order.
+    """
+    epochs, places = np.divmod(positions.astype(np.int64), length)
+    if seed is None:
+        return places
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        indices[chosen] = permute(places[chosen], length, key_of("epoch", seed, epoch))
+    return indices
+
+
 class GlobalBatches(ABC):
     """An endless stream of samples, cut into global batches that any number of ranks shares out alike.
 
@@ -113,15 +128,7 @@ class BatchSampler(GlobalBatches):
 
     def sample_indices(self, positions: np.ndarray) -> np.ndarray:
         """The sample of the window at each position [n] of the stream; int64 [n]."""
-        length = len(self.window)
-        epochs, places = np.divmod(positions.astype(np.int64), length)
-        if not self.shuffle:
-            return places
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            indices[chosen] = permute(places[chosen], length, key_of("epoch", self.seed, epoch))
-        return indices
+        return epoch_order(positions, len(self.window), self.seed if self.shuffle else None)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """The samples at these positions of the stream: int64 [n] to int64 [n, seq_length + 1]."""

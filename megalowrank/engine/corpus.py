@@ -12,11 +12,13 @@ import numpy as np
 from megalowrank.config import DataConfig, TrainConfig
 from megalowrank.data.blend import BlendedSampler, parse_blend
 from megalowrank.data.files import file_sha256
+from megalowrank.data.labelled import LabelledData
 from megalowrank.data.manifest import bytes_per_token, load_manifest
 from megalowrank.data.sampler import BatchSampler, GlobalBatches, key_of
 from megalowrank.data.statistics import unigram_loss
 from megalowrank.data.tokenizers import HuggingFaceTokenizer, tokenizer_vocab_size
 from megalowrank.data.tokens import TokenFile, TokenWindow, split_documents
+from megalowrank.engine.task import Task, open_task
 from megalowrank.errors import ConfigError
 
 _SAMPLED_TOKENS = 1 << 20
@@ -28,13 +30,15 @@ class Corpus:
     """Samples to train on and to evaluate on; what is known of the held-out text.
 
     ``bytes_per_token`` and ``unigram_loss`` (nats per token) are of the validation split; of a blend, of
-    tokens drawn in its proportions. ``bytes_per_token`` is None where a part has no manifest.
+    tokens drawn in its proportions. ``bytes_per_token`` is None where a part has no manifest. ``task`` is there
+    instead of all of these where labels are learned.
     """
 
     train: GlobalBatches
     valid: GlobalBatches | None
     bytes_per_token: float | None
     unigram_loss: float | None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,16 @@ def tokenizer_size(config: DataConfig) -> int | None:
     return next((int(manifest["vocab_size"]) for manifest in manifests if manifest), None)
 
 
-def open_corpus(config: DataConfig, train: TrainConfig, vocab_size: int, global_batch_size: int) -> Corpus:
-    """Open the data sets that are named; every rank calls it. Raises ConfigError for missing or unfit files."""
+def open_corpus(
+    config: DataConfig, train: TrainConfig, vocab_size: int, global_batch_size: int, data: LabelledData | None = None
+) -> Corpus:
+    """Open the data sets that are named, or ``data``; every rank calls it.
+
+    Raises ConfigError for missing or unfit files.
+    """
+    if data is not None:
+        rows, task = open_task(data, config, train, vocab_size, global_batch_size)
+        return Corpus(rows, None, None, None, task)
     manifests = {prefix: load_manifest(prefix) for prefix in _prefixes(config)}
     _check_one_tokenizer(manifests, config.tokenizer_model)
     files = {prefix: _open(prefix, vocab_size) for prefix in manifests}

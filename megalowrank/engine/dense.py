@@ -6,6 +6,7 @@ The reference that the sharded engines are tested against, and the way to study 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ import torch
 from megalowrank.engine.arena import flatten_in_place, whole_partition
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.engine.unsigned import unsigned
 from megalowrank.lowrank.factors import LowRankFactors, factor_parameters
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import Probed
 from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.lowrank.state import FlatForwardCopy, OptimizerStateView, Spread
 
@@ -85,10 +87,14 @@ class DenseEngine:
         losses = [self.module(batch) for batch in micro_batches]
         return torch.stack(losses).double().mean()
 
-    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[Probed], take: Take) -> int:
         """See ``Engine``."""
         self.module.train()
         return probe_gradients(self.module, micro_batches, weights, take)
+
+    def unsigned(self) -> AbstractContextManager[None]:
+        """See ``Engine``."""
+        return unsigned(lambda: [p.data for p in self.module.parameters()], getattr(self.module, "embedding", None))
 
     def end_evaluation(self) -> None:
         """Nothing is gathered."""

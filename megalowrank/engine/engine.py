@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import Probed
 from megalowrank.lowrank.probe import Take
 from megalowrank.lowrank.state import OptimizerStateView
 
@@ -41,12 +42,18 @@ class Engine(Protocol):
         Averaged over data-parallel ranks, by the caller, it is that of all; a pipeline has done so already.
         """
 
-    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[Probed], take: Take) -> int:
         """Give the full gradients of frozen ``weights`` of this rank to ``take(i, gradient)``, see ``Probe``.
 
         Each is the mean over ``micro_batches`` [b, S + 1] of this rank; gradients, optimizer, schedule and random
         generators stay as they were. Stages of a pipeline may ask for different numbers of weights. Returns the bytes
         of gradients held at the peak.
+        """
+
+    def unsigned(self) -> AbstractContextManager[None]:
+        """While entered, forward passes see absolute weights and word embeddings of ones; masters stay as they are.
+
+        Everything comes back bit for bit.
         """
 
     def end_evaluation(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from megalowrank.config import DataConfig, OutputConfig, TrainConfig
+from megalowrank.config import OutputConfig, TrainConfig
 from megalowrank.data.ahead import BatchesAhead
-from megalowrank.data.sampler import GlobalBatches
 from megalowrank.engine.engine import Engine, StepResult
+from megalowrank.engine.evaluation import Evaluation
 from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.metrics import Progress, Sink
 from megalowrank.engine.replicas import ReplicaCheck
@@ -21,7 +20,6 @@ from megalowrank.engine.schedule import learning_rate
 from megalowrank.engine.timing import Stopwatch
 from megalowrank.errors import Stopped, TrainingError
 from megalowrank.methods.base import Context, Method
-from megalowrank.parallel.collectives import mean_over
 from megalowrank.parallel.requests import Requests
 
 
@@ -64,13 +62,12 @@ class Loop:
     method: Method
     ctx: Context
     train: TrainConfig
-    data: DataConfig
     output: OutputConfig
     lr: float
     micro_batch_size: int
     accumulation: int
     batches: BatchesAhead
-    eval_samples: GlobalBatches | None
+    evaluation: Evaluation
     metrics: Sink
     progress: Progress
     instruments: Instruments
@@ -80,7 +77,6 @@ class Loop:
     beat: Callable[[str], None]
     check: ReplicaCheck
     ranks: int
-    bytes_per_token: float | None
     flops_per_token: float
     peak_flops: float | None
     position: Position = field(default_factory=Position)
@@ -97,6 +93,7 @@ class Loop:
         if self.train.exit_interval is not None:
             last = min(last, self.position.step + self.train.exit_interval)
         self._announced, self._saved = -1, self.position.step
+        self.ctx.ahead = self._ahead
         self.requests.ask()
         self._obey(self.requests.answer())
         if 0 < self.position.step < last and self._evaluation_due():
@@ -127,6 +124,9 @@ class Loop:
         self._save()
         self.saver.wait()
         return evaluation
+
+    def _ahead(self, count: int) -> list[torch.Tensor]:
+        return self.batches.peek(self.position.attempts + count)
 
     def _save(self) -> None:
         """Write a checkpoint, unless there is one of this update."""
@@ -164,10 +164,12 @@ class Loop:
             else:
                 self.method.retry(step, self.ctx)
         self._announced = step
+        for event in self.method.events():
+            self.metrics.write(event)
 
     def _evaluation_due(self) -> bool:
         """Whether there is to be one now; a run that was stopped in one makes up for it."""
-        return self._due(self.data.eval_interval) and self.position.evaluated != self.position.step
+        return self.evaluation.due(self.position.step) and self.position.evaluated != self.position.step
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.position.step % interval == 0
@@ -226,36 +228,28 @@ class Loop:
         self._step_clock, self._waited = time.perf_counter(), self.batches.waited
 
     def evaluate(self) -> dict[str, Any]:
-        """Mean held-out loss over ``eval_iters`` global batches (fewer if there are fewer), nats per token.
+        """What the evaluation finds of the run as it is now, which is logged too.
 
-        Empty without held-out samples, and when the run was asked to stop meanwhile.
+        Empty if there is nothing to evaluate on, and when the run was asked to stop meanwhile.
         """
-        samples = self.eval_samples
-        if samples is None or self.data.eval_iters == 0:
+        batches = self.evaluation.begin()
+        if not batches:
             return {}
-        started = time.perf_counter()
+        started, stopped = time.perf_counter(), False
         self.method.settle(self.ctx)
-        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        batches = min(self.data.eval_iters, max(samples.batches_per_epoch, 1))
-        size = self.micro_batch_size
         for batch in range(batches):
             self.beat(f"the beginning of evaluation batch {batch}")
             self.requests.ask()
-            total += self.engine.eval_step(
-                [samples.micro_batch(batch, i, size, *self.batches.place) for i in range(self.accumulation)]
-            )
-            if "stop" in self.requests.answer():
-                batches = 0
+            self.evaluation.take(batch)
+            stopped = "stop" in self.requests.answer()
+            if stopped:
                 break
         self.engine.end_evaluation()
         self.method.unsettle(self.ctx)
-        if not batches:
+        if stopped:
             return {}
         self.position.evaluated = self.position.step
-        loss = self._over_heads(float(mean_over(total, self.engine.group)) / batches)
-        found: dict[str, Any] = {"step": self.position.step, "eval_loss": loss}
-        if self.bytes_per_token is not None:
-            found["eval_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        found: dict[str, Any] = {"step": self.position.step, **self.evaluation.result(self._over_heads)}
         self.metrics.write(found)
         self.progress.line(", ".join(f"{key} {value:.4f}" for key, value in found.items() if key != "step"))
         self._step_clock += time.perf_counter() - started

@@ -30,10 +30,11 @@ class _Runs:
     ``sizes`` of consecutive stretches that cover it, ``keep`` those updated in place (None: all), ``ages`` the
     updates that each run has behind it and ``steps`` views of them, one for every stretch in ``keep``;
     ``state`` are the kept stretches of master, exp_avg and exp_avg_sq. ``clock`` is set where every vector is a
-    run of its own, so that a restart changes nothing but ages.
+    run of its own, so that a restart changes nothing but ages. Runs that are held are in no list.
     """
 
     version: int
+    holds: int
     sizes: list[int]
     keep: list[int] | None
     ages: torch.Tensor
@@ -155,6 +156,9 @@ class VectorClockAdamW(torch.optim.Optimizer):
             lists = [views + padded for views, padded in zip(lists, runs.tails.load(flats), strict=True)]
             steps = steps + runs.tails.steps
         runs.ages += 1
+        if not steps:
+            partition.updates += 1
+            return
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             lists[0], lists[1], lists[2], lists[3], [], steps,
@@ -168,10 +172,11 @@ class VectorClockAdamW(torch.optim.Optimizer):
     def _runs_of(self, index: int) -> _Runs:
         """The runs of a partition, cut again only after a clock was restarted."""
         cached = self._runs.get(index)
-        if cached is not None and cached.version == self.clocks.version:
+        alike = cached is not None and cached.holds == self.clocks.holds
+        if alike and cached is not None and cached.version == self.clocks.version:
             return cached
         partition = self.partitions[index]
-        if cached is not None and cached.clock is not None:
+        if alike and cached is not None and cached.clock is not None:
             ages = partition.updates - self.clocks.births[cached.clock]
             cached.ages.copy_(torch.from_numpy(ages))
             cached.version = self.clocks.version
@@ -193,25 +198,30 @@ def cut_runs(partition: FlatPartition, segments: tuple[np.ndarray, np.ndarray], 
     would cost more than the longer list does.
     """
     starts, clock = segments
-    births = clocks.births[clock]
+    births, held = clocks.births[clock], clocks.held[clock]
     separate = clocks.version > 0 and len(starts) <= _FEW_VECTORS
-    cut = np.arange(1, len(starts)) if separate else np.flatnonzero(births[1:] != births[:-1]) + 1
+    changes = (births[1:] != births[:-1]) | (held[1:] != held[:-1])
+    cut = np.arange(1, len(starts)) if separate else np.flatnonzero(changes) + 1
     first = np.append(0, cut)
+    live = ~held[first]
     sizes = np.diff(np.append(starts[first], partition.master.numel()))
     device = partition.master.device
     ages = torch.tensor(partition.updates - births[first], dtype=torch.float32).to(device)
     steps = list(ages.unbind())
     rest = sizes % _LANES if device.type == "cpu" else np.zeros_like(sizes)
     stretches = np.stack((sizes - rest, rest), axis=1).reshape(-1)
-    body = np.flatnonzero(sizes - rest)
+    body = np.flatnonzero((sizes > rest) & live)
     position = np.cumsum(stretches > 0) - 1
+    cut_off, begin = rest[live].any(), starts[first][live]
+    live_steps = [steps[i] for i in np.flatnonzero(live).tolist()]
     return _Runs(
         version=clocks.version,
+        holds=clocks.holds,
         sizes=stretches[stretches > 0].tolist(),
-        keep=position[2 * body].tolist() if rest.any() else None,
+        keep=position[2 * body].tolist() if rest.any() or not live.all() else None,
         ages=ages,
         steps=[steps[i] for i in body.tolist()],
-        tails=_Tails(starts[first], sizes, steps, partition.master) if rest.any() else None,
+        tails=_Tails(begin, sizes[live], live_steps, partition.master) if cut_off else None,
         clock=clock if separate else None,
     )
 

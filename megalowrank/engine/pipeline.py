@@ -19,9 +19,10 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megalowrank.engine import zero_state
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
+from megalowrank.engine.unsigned import unsigned
 from megalowrank.engine.zero import bind_state, complete_gradients
 from megalowrank.lowrank.factors import LowRankFactors
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import Probed
 from megalowrank.lowrank.probe import Probe, Take
 from megalowrank.models.transformer import Transformer
 from megalowrank.parallel.groups import Groups
@@ -123,7 +124,7 @@ class PipelineEngine:
         count = len(micro_batches)
         return self.deepspeed.eval_batch(self._pairs(micro_batches), num_micro_batches=count).reshape(())
 
-    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[Probed], take: Take) -> int:
         """See ``Engine``; all micro-batches go through the stages as in a step."""
         self.deepspeed.module.train()
         self.deepspeed.set_dataiterator(self._pairs(micro_batches))
@@ -141,7 +142,12 @@ class PipelineEngine:
         self._shape = micro_batches[0].shape
         if not self._has_data:
             return None
-        return iter([(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in micro_batches])
+        parted = (self.module.parted(batch) for batch in micro_batches)
+        return iter([(inputs.contiguous(), labels.contiguous()) for inputs, labels in parted])
+
+    def unsigned(self) -> contextlib.AbstractContextManager[None]:
+        """See ``Engine``."""
+        return unsigned(lambda: zero_state.forward_tensors(self.module), self.module.embedding)
 
     def end_evaluation(self) -> None:
         """Nothing is gathered."""

@@ -78,6 +78,8 @@ class Report:
         lines += summary(self.estimate)
         if position.step:
             lines.append(f"resumed at update {position.step} ({position.skipped} skipped so far)")
+        if corpus.task is not None:
+            lines += [corpus.task.describe(), *(f"note: {note}" for note in corpus.task.notes)]
         if corpus.unigram_loss is not None:
             lines.append(f"unigram model of the same tokens: held-out {self._loss(corpus.unigram_loss, corpus)}")
         lines += [f"warning: {warning}" for warning in self.model.warnings]
@@ -89,7 +91,10 @@ class Report:
         measured = memory.measured_bytes(self.engine, self.method, self.model.layers)
         lines = [*memory.memory_report(predicted, measured)]
         lines.append(f"{'peak of the process':<24}{human(memory.peak_memory(self.engine.device)):>28}")
-        if "eval_loss" in evaluation:
+        if corpus.task is not None:
+            measures = {name: value for name, value in evaluation.items() if name != "step"}
+            lines += ["", *(f"{name:<36}{value:>16.4f}" for name, value in measures.items())]
+        elif "eval_loss" in evaluation:
             lines += ["", f"held-out loss:  {self._loss(evaluation['eval_loss'], corpus)}"]
             if corpus.unigram_loss is not None:
                 lines.append(f"unigram model:  {self._loss(corpus.unigram_loss, corpus)}")

@@ -18,10 +18,12 @@ from megalowrank import __version__, signals
 from megalowrank.checkpoint.shards import RunTensors
 from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.cli import RunConfig, parse
-from megalowrank.config import ModelConfig, ParallelConfig, TrainConfig
+from megalowrank.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megalowrank.data.ahead import BatchesAhead
+from megalowrank.data.labelled import LabelledData
 from megalowrank.engine import dsconfig
 from megalowrank.engine.corpus import Corpus, open_corpus, tokenizer_size
+from megalowrank.engine.evaluation import EVAL_INTERVAL, Evaluation, HeldOutLoss, TaskMeasures
 from megalowrank.engine.guard import Guard
 from megalowrank.engine.instruments import Instruments
 from megalowrank.engine.layouts import check_layout
@@ -35,6 +37,7 @@ from megalowrank.engine.report import Report
 from megalowrank.engine.resume import RunState, starting_point
 from megalowrank.engine.saving import Saver
 from megalowrank.engine.schedule import restart_warnings, with_restarts
+from megalowrank.engine.task import check_trained, load_task, with_epochs, with_outputs
 from megalowrank.engine.trackers import open_trackers
 from megalowrank.engine.zero import ZeroEngine, host_allocator, initialize_distributed
 from megalowrank.errors import ConfigError
@@ -62,9 +65,11 @@ def pretrain(argv: Sequence[str], build: Builder, program: str, families: Sequen
     """
     config = parse(argv, {name: method.config_class for name, method in METHODS.items()}, program)
     _, world, _ = set_rank_environment()
-    model_config = apply_preset(config.model, tokenizer_size(config.data), config.train.seq_length, families)
-    resolved, method = resolve_run(config, model_config, world)
-    corpus = open_corpus(config.data, resolved.train, model_config.vocab_size or 0, resolved.global_batch_size)
+    data = load_task(config)
+    shape, vocabulary = with_outputs(config.model, data), tokenizer_size(config.data)
+    model_config = apply_preset(shape, vocabulary, config.train.seq_length, families)
+    resolved, method = resolve_run(config, model_config, world, data)
+    corpus = open_corpus(config.data, resolved.train, model_config.vocab_size or 0, resolved.global_batch_size, data)
     heads = initialize_distributed(_timeout(config), method.replica_groups())
     groups = initialize_groups(config.parallel, heads)
     method.head = groups.head
@@ -85,6 +90,8 @@ def _train(
     """Build, resume, train and report; every rank calls it."""
     rank, train = groups.rank, resolved.train
     source, weights = starting_point(config.output, groups)
+    if weights is not None and corpus.task is not None and weights.leave_heads(corpus.task.labels):
+        config.notes.append(f"the head of the task {corpus.task.name} is new, that of --load is not read")
     place = placement(config.parallel, model_config, resolved, method, groups)
     model = build_model(build, model_config, train, method, place, weights, groups.pipe)
     model.warnings += restart_warnings(train, method.restart_interval())
@@ -129,7 +136,7 @@ def context_of(
     train, allocate = resolved.train, host_allocator(resolved.pin_host_memory)
     return Context(
         model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
-        train.lr_restart_offset, engine, heads=groups.heads,
+        train.lr_restart_offset, engine, heads=groups.heads, names=model.names,
     )  # fmt: skip
 
 
@@ -149,8 +156,13 @@ def requests_of(saver: Saver, groups: Groups, timeout: timedelta, minutes: int |
     return Requests(host_group(timeout, groups.heads), sources, frozenset({"stop"}), groups.heads)
 
 
-def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsconfig.Resolved, Method]:
-    """What runs on ``world`` ranks, from flags and DeepSpeed JSON; ConfigError for what is not supported."""
+def resolve_run(
+    config: RunConfig, model: ModelConfig, world: int, data: LabelledData | None = None
+) -> tuple[dsconfig.Resolved, Method]:
+    """What runs on ``world`` ranks, from flags and DeepSpeed JSON; ConfigError for what is not supported.
+
+    ``data`` are those of a labelled task.
+    """
     if config.ds_config is None:
         raise ConfigError(
             "--ds-config is missing", None, "a DeepSpeed JSON, for instance ds_configs/zero2_offload.json"
@@ -160,6 +172,8 @@ def resolve_run(config: RunConfig, model: ModelConfig, world: int) -> tuple[dsco
     check_heads(heads, world)
     ranks = heads * data_parallel_size(config.parallel, world // heads)
     resolved = dsconfig.resolve(config.ds_config, config.train, config.given, ranks, model.hidden_size or 0, heads)
+    check_trained(method, data)
+    resolved = with_epochs(resolved, data, config.given)
     check_layout(config.parallel, model, resolved.train, resolved.deepspeed["zero_optimization"])
     check_tensor_parallel(model, config.parallel.tensor_model_parallel_size)
     if resolved.train.fold_residual != TrainConfig.fold_residual and not resolved.train.bf16:
@@ -198,7 +212,7 @@ def build_model(
         recompute=train.recompute_granularity == "full",
         forward_dtype=torch.bfloat16 if train.bf16 else torch.float32,
         fold_residual=train.fold_residual,
-        initial=None if saved is None else saved.read,
+        initial=None if saved is None else saved.initial,
         place=place,
     )
     if saved is not None:
@@ -261,21 +275,19 @@ def assemble(
     beat: Callable[[str], None],
 ) -> Loop:
     """The loop of this rank."""
-    folder = output_folder(config)
-    main = report.groups.rank == 0
+    folder, main = output_folder(config), report.groups.rank == 0
     batches = BatchesAhead(corpus.train, resolved.micro_batch_size, resolved.accumulation, *report.groups.stream)
     return Loop(
         engine=engine,
         method=method,
         ctx=ctx,
         train=resolved.train,
-        data=config.data,
         output=config.output,
         lr=resolved.train.lr or 0.0,
         micro_batch_size=resolved.micro_batch_size,
         accumulation=resolved.accumulation,
         batches=batches,
-        eval_samples=corpus.valid,
+        evaluation=evaluation_of(config.data, resolved, corpus, engine, report),
         metrics=open_trackers(folder, config.output, main, run),
         progress=Progress(resolved.train.train_iters, position.step, main),
         instruments=Instruments(config.diagnostics, folder, report.groups, engine.device),
@@ -285,11 +297,23 @@ def assemble(
         beat=beat,
         check=check,
         ranks=report.groups.world,
-        bytes_per_token=corpus.bytes_per_token,
         flops_per_token=report.flops_per_token,
         peak_flops=report.peak_flops,
         position=position,
     )
+
+
+def evaluation_of(
+    data: DataConfig, resolved: dsconfig.Resolved, corpus: Corpus, engine: ZeroEngine | PipelineEngine, report: Report
+) -> Evaluation:
+    """What is evaluated, and when."""
+    groups = report.groups
+    run = engine, resolved.micro_batch_size, resolved.accumulation, groups.stream
+    if corpus.task is None:
+        interval = EVAL_INTERVAL if data.eval_interval is None else data.eval_interval
+        return HeldOutLoss(corpus.valid, data.eval_iters, interval, corpus.bytes_per_token, *run)
+    head = report.model.module.output
+    return TaskMeasures(corpus.task, head, data.eval_interval, resolved.global_batch_size, groups, *run)
 
 
 def output_folder(config: RunConfig) -> Path | None:
@@ -318,6 +342,7 @@ def describe(
         "method_config": dataclasses.asdict(config.method_config),
         "deepspeed": resolved.deepspeed,
         "world_size": groups.world,
+        **({} if corpus.task is None else {"labels": corpus.task.labels}),
         **{key: value for key, value in known.items() if value is not None},
         "versions": {"megalowrank": __version__, "torch": str(torch.__version__)},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -15,8 +16,9 @@ from megalowrank.engine import zero_state
 from megalowrank.engine.engine import StepResult, poison_if_not_finite
 from megalowrank.engine.optimizer import VectorClockAdamW
 from megalowrank.engine.partial import NormOverRanks, PartialGradients, SharedGradients
+from megalowrank.engine.unsigned import unsigned
 from megalowrank.lowrank.factors import LowRankFactors, factor_parameters, factor_places, frozen_tensors
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import Probed
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.probe import Take, probe_gradients
 from megalowrank.lowrank.state import OptimizerStateView, Spread
@@ -137,13 +139,17 @@ class ZeroEngine:
         losses = [self.deepspeed(batch.to(self.device, non_blocking=True)) for batch in micro_batches]
         return torch.stack(losses).double().mean()
 
-    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[Probed], take: Take) -> int:
         """See ``Engine``. It goes round DeepSpeed's own forward pass, whose hooks would begin a reduction."""
         self.deepspeed.train()
         batches = [batch.to(self.device, non_blocking=True) for batch in micro_batches]
         peak = probe_gradients(self.module, batches, weights, take)
         zero_state.release_gathered(self.deepspeed)
         return peak
+
+    def unsigned(self) -> AbstractContextManager[None]:
+        """See ``Engine``."""
+        return unsigned(lambda: zero_state.forward_tensors(self.module), getattr(self.module, "embedding", None))
 
     def end_evaluation(self) -> None:
         """Give back what the forward passes of an evaluation gathered."""

@@ -131,6 +131,15 @@ def weight_locator(parameter: torch.nn.Parameter) -> Callable[[], WeightPiece]:
     return lambda: _sharded_weight(parameter)
 
 
+def forward_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What this rank stores of the parameters that the forward pass reads, frozen ones included; views."""
+    found = []
+    for parameter in module.parameters():
+        piece = weight_locator(parameter)()
+        found += [piece.flat] if piece.mirror is None else [piece.flat, piece.mirror[0]]
+    return found
+
+
 def refresh_forward(engine: Any, layout: ZeroLayout, parameters: Sequence[Sharded]) -> None:
     """Copy masters into the forward copies of all ``parameters``, after masters were loaded.
 

@@ -17,6 +17,7 @@ DESCRIPTIVE = {
     "versions": "they describe an earlier run",
     "unigram_loss": "it is measured on the data",
     "bytes_per_token": "it is measured on the data",
+    "labels": "they are read from the data",
 }
 _ELSEWHERE = {"local_rank": "the launcher sets it", "config": "a file names no further file", "help": "see --help"}
 _DS_PATH = ("ds_config", "deepspeed_config")

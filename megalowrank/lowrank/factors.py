@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from megalowrank.lowrank.fold import FoldedWeight, FrozenTensor
+from megalowrank.lowrank.fold import FoldedWeight, FrozenTensor, ImplicitWeight
 from megalowrank.parallel.partition import Share, share
 
 
@@ -118,6 +118,7 @@ class LowRankFactors:
     holds (default: all of it): vectors of A have ``columns.padded`` elements here, those of Bᵀ ``rows.padded``.
     ``fixed`` are the factors without gradient: the projector (A or Bᵀ itself), or the snapshots of A and Bᵀ. While not
     ``enabled`` they take no part in the product and get gradient 0; ``importance`` is a factor on their scale.
+    ``split_tokens``: tensor-parallel ranks see different tokens, with both factors whole.
     """
 
     def __init__(
@@ -136,15 +137,26 @@ class LowRankFactors:
         self.weight, self.row_start, self.scale = weight, row_start, scale
         self.rows, self.columns = rows or share(Bt.shape[1]), columns or share(A.shape[1])
         self.rank, self.in_features, self.out_features = A.shape[0], self.columns.size, self.rows.size
-        self.enabled, self.importance = True, 1.0
+        self.enabled, self.importance, self.split_tokens = True, 1.0, False
         self.gate_A, self.gate_Bt = RowGate(A), RowGate(Bt)
         pairs = (("A", A, self.columns), ("B", Bt, self.rows))
         self.fixed = [FixedFactor(side, factor, size) for side, factor, size in pairs if not factor.requires_grad]
 
     @property
+    def is_shortcut(self) -> bool:
+        """Whether they stand beside the residual stream, with no W."""
+        return isinstance(self.weight, ImplicitWeight)
+
+    @property
     def taking_part(self) -> float:
         """The scale of the low-rank term in the next forward pass; 0: it is not computed."""
         return self.scale * self.importance if self.enabled else 0.0
+
+    def partial(self, gradient_A: torch.Tensor, gradient_Bt: torch.Tensor) -> list[torch.Tensor]:
+        """Which of the two, made of this rank's part of the gradient of W, are sums over tensor-parallel ranks."""
+        of_A = self.split_tokens or self.rows.padded < self.rows.size
+        of_B = self.split_tokens or self.columns.padded < self.columns.size
+        return [gradient_A] * of_A + [gradient_Bt] * of_B
 
     def fold(self, u_KM: torch.Tensor, v_KN: torch.Tensor) -> None:
         """W += s · u_KMᵀ v_KN on this rank's part of W, without communication.
@@ -174,6 +186,11 @@ def factor_places(layers: Sequence[LowRankFactors], tensor_rank: int = 0) -> lis
 
 def folded_weights(layers: Sequence[LowRankFactors]) -> list[FoldedWeight]:
     """The frozen weights under ``layers``, each once; the matrices of a fused projection share one."""
+    return [weight for weight in probed_weights(layers) if not isinstance(weight, ImplicitWeight)]
+
+
+def probed_weights(layers: Sequence[LowRankFactors]) -> list[FoldedWeight]:
+    """As ``folded_weights``, with those that are only implied."""
     return list({id(layer.weight): layer.weight for layer in layers}.values())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -79,6 +80,13 @@ class Tap:
 
     anchor: torch.Tensor
     take: Callable[[torch.Tensor], None]
+
+
+class Probed(Protocol):
+    """A weight [out, in] whose gradient a probe pass can ask for; ``parameter`` tells its type and device."""
+
+    parameter: torch.nn.Parameter
+    tap: Tap | None
 
 
 class FoldedWeight(FrozenTensor):
@@ -168,6 +176,22 @@ class FoldedWeight(FrozenTensor):
         inside.copy_(value)
         rows.view(-1, columns).addmm_(u.t(), v_KN, alpha=scale)
         _overwrite(target, residual, inside)
+
+
+
+class ImplicitWeight(FoldedWeight):
+    """A W [d, d] that is nowhere stored, the identity or 0 that a shortcut adds to: probed, never folded into.
+
+    ``like`` is a parameter of the shortcut.
+    """
+
+    def __init__(self, like: torch.nn.Parameter) -> None:
+        super().__init__(like)
+        self.out_features = self.in_features
+
+    def add(self, row_start: int, u_KM: torch.Tensor, v_KN: torch.Tensor, scale: float) -> None:
+        """There is nothing to add to."""
+        raise RuntimeError("a shortcut has no weight to fold into")
 
 
 def _overwrite(target: torch.Tensor, residual: torch.Tensor | None, value: torch.Tensor) -> None:

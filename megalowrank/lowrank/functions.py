@@ -89,7 +89,7 @@ class LowRankColumnFunction(torch.autograd.Function):
             grad_A, grad_B = low.gradients_A(du_NR, x_NI), low.gradients_B(u_NR, dy_NO)
             grad_bias = _gradient_bias(ctx, dy_NO)
             grad_x = None if reduced is None else reduced.wait().view(ctx.shape)
-        return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
+        return grad_x, None, grad_bias, None, None, None, tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
 
 
 class LowRankRowFunction(torch.autograd.Function):
@@ -151,7 +151,7 @@ class LowRankRowFunction(torch.autograd.Function):
             grad_B = low.gradients_B(u_NR, dy_NO)
         grad_x = low.add_narrow(dy_NO @ W, du_NR).view(ctx.shape) if ctx.needs_input_grad[0] else None
         grad_A = low.gradients_A(du_NR, x_NI)
-        return grad_x, None, grad_bias, None, None, None, _tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
+        return grad_x, None, grad_bias, None, None, None, tapped(ctx, dy_NO, x_NI), *grad_A, *grad_B
 
 
 class ColumnFunction(torch.autograd.Function):
@@ -228,7 +228,7 @@ def _scattered(shape: torch.Size, wire: Wire) -> tuple[int, ...]:
     return (shape[0] // wire.size, *shape[1:-1]) if splits_sequence(wire) else shape[:-1]
 
 
-def _tapped(ctx: Any, dy_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor | None:
+def tapped(ctx: Any, dy_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor | None:
     """Hand out the gradient of W if it is asked for; what the anchor gets is nothing."""
     if ctx.tap is None:
         return None

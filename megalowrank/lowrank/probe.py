@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from megalowrank.lowrank.fold import FoldedWeight, Tap
+from megalowrank.lowrank.fold import Probed, Tap
 
 Take = Callable[[int, torch.Tensor], None]
 """Called with the number of a weight and its gradient."""
@@ -27,7 +27,7 @@ class Probe:
     one pass. ``peak`` counts the bytes of gradients held at once.
     """
 
-    def __init__(self, weights: Sequence[FoldedWeight], passes: int, take: Take) -> None:
+    def __init__(self, weights: Sequence[Probed], passes: int, take: Take) -> None:
         self.weights, self.passes, self.take = weights, passes, take
         self.anchors: list[torch.Tensor] = []
         self._sums: dict[int, torch.Tensor] = {}
@@ -70,7 +70,7 @@ class Probe:
 def probe_gradients(
     forward: Callable[[torch.Tensor], torch.Tensor],
     micro_batches: Sequence[torch.Tensor],
-    weights: Sequence[FoldedWeight],
+    weights: Sequence[Probed],
     take: Take,
 ) -> int:
     """Probe ``forward``, which makes a loss of tokens, with every micro-batch. Returns the bytes held at the peak."""

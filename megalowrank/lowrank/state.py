@@ -20,7 +20,7 @@ import torch
 from megalowrank.lowrank.factors import FactorPlace, FixedFactor, LowRankFactors
 from megalowrank.lowrank.subspace import SubspaceSearch
 from megalowrank.lowrank.vectors import VectorSet, clip_runs, element_index
-from megalowrank.parallel.collectives import group_size, sum_over
+from megalowrank.parallel.collectives import group_size, mean_over, sum_over
 from megalowrank.parallel.partition import Share, share
 
 
@@ -79,13 +79,29 @@ class Clocks:
     """Birth of every vector: the number of updates done when its Adam clock was last restarted.
 
     Replicated on all ranks and never communicated: a restart writes an integer. Index 0 belongs to
-    everything that is not a vector of a factor and is never restarted.
+    everything that is not a vector of a factor and is never restarted. A vector that is *held* is not updated, and its
+    clock stands still since ``since``.
     """
 
     def __init__(self, rows: np.ndarray) -> None:
         self.first = 1 + np.cumsum(rows) - rows
         self.births = np.zeros(1 + int(rows.sum()), dtype=np.int64)
-        self.version = 0
+        self.held, self.since = np.zeros(len(self.births), dtype=bool), np.zeros_like(self.births)
+        self.version = self.holds = 0
+
+    def hold(self, vectors: VectorSet, since: int) -> None:
+        """From the update after ``since`` on these vectors are left as they are, weights and moments."""
+        index = self.first[vectors.factors] + vectors.rows
+        self.held[index], self.since[index] = True, since
+        self.holds += 1
+
+    def release(self, vectors: VectorSet, updates: int) -> None:
+        """The next update moves these vectors again; those that were held are older by nothing meanwhile."""
+        index = self.first[vectors.factors] + vectors.rows
+        index = index[self.held[index]]
+        self.births[index] += updates - self.since[index]
+        self.held[index] = False
+        self.holds += 1
 
     def restart(self, vectors: VectorSet, updates: int) -> None:
         """The next update is the first of these vectors."""
@@ -300,6 +316,22 @@ class OptimizerStateView:
     def restart_clock(self, vectors: VectorSet) -> None:
         """The next update is update 1 of these vectors for Adam's bias correction."""
         self.clocks.restart(vectors, self.updates)
+
+    def hold(self, vectors: VectorSet, since: int | None = None) -> None:
+        """Updates leave masters, moments and clocks of the vectors as they were after ``since`` updates (now)."""
+        self.clocks.hold(vectors, self.updates if since is None else since)
+
+    def release(self, vectors: VectorSet) -> None:
+        """Updates move the vectors again."""
+        self.clocks.release(vectors, self.updates)
+
+    def sum_over_tensor_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum in place over the tensor-parallel ranks, all of which call it."""
+        return sum_over(values, self._spread.tensor)
+
+    def mean_over_data_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Average in place over the data-parallel ranks, all of which call it."""
+        return mean_over(values, self.group)
 
     def _own(self, vectors: VectorSet) -> torch.Tensor:
         """Packed masters on ``device``, zeros where another rank owns them."""

@@ -7,13 +7,14 @@ from megalowrank.methods.base import Method
 from megalowrank.methods.full_rank import FullRank
 from megalowrank.methods.galore import GaLore
 from megalowrank.methods.golore import GoLore
+from megalowrank.methods.heterolora import HeteroLoRA
 from megalowrank.methods.lora import LoRA
 from megalowrank.methods.lte import LTE
 from megalowrank.methods.relora import ReLoRA
 from megalowrank.methods.switchlora import SwitchLoRA
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FullRank, LoRA, SwitchLoRA, ReLoRA, GoLore, GaLore, LTE)
+    method.name: method for method in (FullRank, LoRA, SwitchLoRA, ReLoRA, GoLore, GaLore, LTE, HeteroLoRA)
 }
 
 

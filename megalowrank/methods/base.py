@@ -11,7 +11,8 @@ updates: after a skipped update the same t is not announced again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -19,7 +20,7 @@ import torch
 
 from megalowrank.config import ParallelConfig, TrainConfig
 from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors, LowRankSpec
-from megalowrank.lowrank.fold import FoldedWeight
+from megalowrank.lowrank.fold import Probed
 from megalowrank.lowrank.pool import HostAllocator
 from megalowrank.lowrank.probe import Take
 from megalowrank.lowrank.rank_table import RankTable
@@ -34,16 +35,27 @@ class ContextEngine(Protocol):
     def reload(self) -> None:
         """Bring forward copies in line with masters that were written."""
 
-    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[FoldedWeight], take: Take) -> int:
+    def probe(self, micro_batches: Sequence[torch.Tensor], weights: Sequence[Probed], take: Take) -> int:
         """The gradients of ``weights``."""
+
+    def eval_step(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The mean loss on this rank."""
+
+    def end_evaluation(self) -> None:
+        """No more evaluation follows."""
+
+    def unsigned(self) -> AbstractContextManager[None]:
+        """While entered, weights are their absolute values and word embeddings are ones."""
 
 
 @dataclass
 class Context:
     """Everything a method may touch. ``layers`` are this stage's, in the order of their global index.
 
-    ``restart_offset``: updates by which restarts of the schedule, and of the method, come earlier. ``micro_batches``
-    are those of the coming update on this rank. ``heads``: the other groups of ranks, if the method asked for several.
+    ``names``: those of the matrices and shortcuts of the whole model by global index. ``restart_offset``: updates by
+    which restarts of the schedule, and of the method, come earlier. ``micro_batches`` are those of the coming update on
+    this rank, ``ahead(k)`` those of the k-th after it. ``heads``: the other groups of ranks, if the method asked for
+    several.
     """
 
     layers: Sequence[LowRankFactors]
@@ -57,16 +69,40 @@ class Context:
     engine: ContextEngine | None = None
     micro_batches: Sequence[torch.Tensor] = ()
     heads: Heads | None = None
+    names: Sequence[str] = ()
+    ahead: Callable[[int], Sequence[torch.Tensor]] | None = None
 
-    def probe(self, weights: Sequence[FoldedWeight], take: Take) -> int:
+    def __post_init__(self) -> None:
+        """Without names the layers here are all there are."""
+        if not self.names:
+            self.names = tuple(layer.name for layer in self.layers)
+
+    def batches(self, count: int) -> list[Sequence[torch.Tensor]]:
+        """The micro-batches on this rank of the next ``count`` updates; nothing is consumed."""
+        if count > 1 and self.ahead is None:
+            raise RuntimeError("this context has no batches to look ahead to")
+        return [self.micro_batches, *(self.ahead(k) for k in range(1, count) if self.ahead is not None)]
+
+    def loss(self, batches: Sequence[Sequence[torch.Tensor]]) -> float:
+        """Mean loss over batches of all data-parallel ranks, without gradients. Every rank of the job calls it."""
+        if self.engine is None:
+            raise RuntimeError("this context has no engine to evaluate")
+        total = torch.stack([self.engine.eval_step(batch) for batch in batches]).double().mean()
+        self.engine.end_evaluation()
+        return float(self.state.mean_over_data_ranks(total))
+
+    def probe(
+        self, weights: Sequence[Probed], take: Take, micro_batches: Sequence[torch.Tensor] | None = None
+    ) -> int:
         """Full gradients of the coming update, as if its batch were trained on with what is there now.
 
         Every rank calls it alike. Leaves no trace; ``take(i, gradient)`` gets that of ``weights[i]``, this rank's part
-        [out, in], the mean over the micro-batches of this rank. Returns the bytes of gradients held at the peak.
+        [out, in], the mean over the micro-batches of this rank (or over ``micro_batches``, if they are given). Returns
+        the bytes of gradients held at the peak.
         """
         if self.engine is None:
             raise RuntimeError("this context has no engine to probe")
-        return self.engine.probe(self.micro_batches, weights, take)
+        return self.engine.probe(self.micro_batches if micro_batches is None else micro_batches, weights, take)
 
 
 @dataclass(frozen=True)
@@ -181,6 +217,10 @@ class Method:
     def restart_interval(self) -> int | None:
         """Updates between restarts of the method, with which the learning rate may restart; None: it has none."""
         return None
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened since the last call, for ``metrics.jsonl``: JSON objects with an int ``step``, the update."""
+        return []
 
     def counters(self) -> dict[str, float]:
         """The method's own numbers for a log line since the last call; every rank calls it.

@@ -1,8 +1,9 @@
 """What tells one family of decoders from another: a table, and the defaults that follow from it.
 
 Sources: Touvron et al. 2023 (LLaMA), Radford et al. 2019 (GPT-2), Black et al. 2022 and Biderman et al. 2023
-(GPT-NeoX, Pythia). Deviation: every family starts from N(0, --init-method-std), biases at 0. GPT-2 divides the std of
-its residual projections by √(2·layers), Pythia draws with √(2/5h) and 2/(layers·√h); neither is done here.
+(GPT-NeoX, Pythia), Zhang et al. 2022 (OPT with norms before the sublayers). Deviation: every family starts from
+N(0, --init-method-std), biases at 0. GPT-2 divides the std of its residual projections by √(2·layers), Pythia draws
+with √(2/5h) and 2/(layers·√h); neither is done here.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="LayerNorm", norm_epsilon=1e-5, activation=F.gelu, gated=False, biases=True, rotary_percent=0.25,
         parallel_residual=True, tied_output=False, grouped_query=False,
     ),
+    "opt": Architecture(
+        norm="LayerNorm", norm_epsilon=1e-5, activation=F.relu, gated=False, biases=True, rotary_percent=None,
+        parallel_residual=False, tied_output=True, grouped_query=False,
+    ),
 }  # fmt: skip
 LLAMA_FAMILIES = ("llama",)
-GPT_FAMILIES = ("gpt2", "neox")
+GPT_FAMILIES = ("gpt2", "neox", "opt")
 FAMILIES = tuple(ARCHITECTURES)
 ROTARY_BASE = 10000.0
 
@@ -67,6 +72,8 @@ ROTARY_BASE = 10000.0
 def architecture(config: ModelConfig) -> Architecture:
     """The table's entry for ``config``, the first family where none is named, with what ``config`` changes in it."""
     found = ARCHITECTURES[config.model_family or FAMILIES[0]]
+    if config.num_labels is not None:
+        return replace(found, tied_output=False)
     return found if config.tie_word_embeddings is None else replace(found, tied_output=config.tie_word_embeddings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowPa
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters, Method
 from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES, check_tensor_parallel, completed
-from megalowrank.models.projections import input_width, projections
+from megalowrank.models.projections import input_width, projections, shortcut_names, shortcut_specs
+from megalowrank.models.shortcuts import ShortcutLayer
+from megalowrank.models.task_head import TaskHead
 from megalowrank.models.transformer import Chosen, Placement, Transformer
 from megalowrank.parallel.partition import Share, share
 from megalowrank.parallel.rng import generator
@@ -28,7 +30,7 @@ PARTS = {
 }
 
 
-Initial = Callable[[str, tuple[int, ...]], torch.Tensor]
+Initial = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,16 @@ class MatrixShape:
 
 @dataclass
 class BuiltModel:
-    """This rank's part of a model: its adapted matrices in global order and the logical names of its tensors."""
+    """This rank's part of a model: its adapted matrices in global order and the logical names of its tensors.
+
+    ``names`` are those of the adapted matrices, and shortcuts, of the whole model by global index.
+    """
 
     module: Transformer
     layers: list[LowRankFactors]
     tensors: list[LogicalTensor]
     warnings: list[str]
+    names: tuple[str, ...] = ()
 
 
 def build_llama(config: ModelConfig, method: Method, *, length: int, **options: Any) -> BuiltModel:
@@ -132,15 +138,18 @@ def build_model(
     The weights are those of the same model whatever the layout: every tensor is drawn whole, keyed by its name, and
     cut. ``config`` is a completed one, ``length`` the longest sequence, ``dtype`` the precision of this model,
     ``forward_dtype`` that of the forward pass if an engine casts it; ``initial`` gives the weights by logical name
-    and shape instead of drawing them. Raises ConfigError for patterns that match nothing and for sizes that
-    tensor-parallel ranks cannot share.
+    and shape instead of drawing them, but for those of which it knows nothing (None). Raises ConfigError for patterns
+    that match nothing and for sizes that tensor-parallel ranks cannot share.
     """
     place = place or Placement()
     check_tensor_parallel(config, place.wire.size)
     adapters = method.adapters()
     chosen, matrices = _choose(config, adapters)
-    module = Transformer(config, length, chosen, recompute, dtype, place)
-    layers, tensors = _name(module, chosen)
+    shortcuts = shortcut_specs(config, adapters)
+    matrices += [MatrixShape(name, spec.rank, *[config.hidden_size or 0] * 2) for name, spec in shortcuts.items()]
+    names = tuple(matrix.name for matrix in matrices)
+    module = Transformer(config, length, chosen, recompute, dtype, place, shortcuts)
+    layers, tensors = _name(module, {name: index for index, name in enumerate(names)})
     if adapters is not None and adapters.frozen:
         module.frozen = [FrozenTensor(p.requires_grad_(False)) for p in _others(module, layers)]
     elif adapters is not None:
@@ -155,7 +164,7 @@ def build_model(
     if forward_dtype == torch.bfloat16:
         for folded in folded_weights(layers):
             folded.keep_residual(RESIDUAL_DTYPES[fold_residual])
-    return BuiltModel(module, layers, tensors, method.warnings(matrices))
+    return BuiltModel(module, layers, tensors, method.warnings(matrices), names)
 
 
 def _others(module: Transformer, layers: Sequence[LowRankFactors]) -> list[Any]:
@@ -203,8 +212,9 @@ class _Source:
     def _plain(self, tensor: LogicalTensor) -> torch.Tensor:
         """The whole tensor as a model without factors has it: given, or N(0, std), ones for norms, zeros for biases."""
         dtype = tensor.parameter.dtype
-        if self.initial is not None:
-            return self.initial(tensor.name, tensor.shape).to(dtype, copy=True)
+        given = None if self.initial is None else self.initial(tensor.name, tensor.shape)
+        if given is not None:
+            return given.to(dtype, copy=True)
         if len(tensor.shape) == 1:
             return torch.full(tensor.shape, float(tensor.name.endswith(".weight")), dtype=dtype)
         source = generator(self.seed, tensor.name)
@@ -234,7 +244,7 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen
                 matrices += _shapes(specs, logical, rows, input_width(config, projection))
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
-    adapters.check_names(names)
+    adapters.check_names([*names, *(shortcut_names(config) if adapters.shortcuts else ())])
     return chosen, matrices
 
 
@@ -256,31 +266,44 @@ def _shapes(
     return found
 
 
-def _name(module: Transformer, chosen: Sequence[Chosen]) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
+def _name(module: Transformer, indices: Mapping[str, int]) -> tuple[list[LowRankFactors], list[LogicalTensor]]:
     """Give every matrix its logical name and global index, and list all logical tensors."""
-    counts = [sum(spec is not None for specs in choice.values() for spec in specs or ()) for choice in chosen]
     layers: list[LowRankFactors] = []
     tensors: list[LogicalTensor] = []
     if module.embedding is not None:
         tensors.append(_vocabulary(module, "embedding", replica=not module.place.begins))
     tensors += _whole("position", module.position)
     for number, block in zip(module.numbers, module.layers, strict=True):
-        first, added = sum(counts[:number]), []
-        for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            tensors += _whole(f"layers.{number}.{norm}", block.get_submodule(norm))
-        for part, paths in PARTS.items():
-            for path in paths:
-                linear = block.get_submodule(path)
-                assert isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear))
-                tensors += _name_linear(linear, f"layers.{number}.{part}")
-                added += linear.factors
-        for index, factors in enumerate(added, first):
-            factors.index = index
-        layers += added
+        layers += _name_block(number, block, tensors)
+    for layer in layers:
+        layer.index = indices[layer.name]
+    layers.sort(key=lambda layer: layer.index)
     tensors += _whole("norm", module.norm)
-    if module.output is not None and (module.embedding is None or module.output.weight is not module.embedding.weight):
+    if isinstance(module.output, TaskHead):
+        tensors += _whole("score", module.output)
+    elif module.output is not None and (
+        module.embedding is None or module.output.weight is not module.embedding.weight
+    ):
         tensors.append(_vocabulary(module, "output"))
     return layers, tensors
+
+
+def _name_block(number: int, block: torch.nn.Module, tensors: list[LogicalTensor]) -> list[LowRankFactors]:
+    """The factors of a block; its tensors are appended to ``tensors``."""
+    layers: list[LowRankFactors] = []
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        tensors += _whole(f"layers.{number}.{norm}", block.get_submodule(norm))
+    for part, paths in PARTS.items():
+        for path in paths:
+            linear = block.get_submodule(path)
+            assert isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear))
+            tensors += _name_linear(linear, f"layers.{number}.{part}")
+            layers += linear.factors
+    if isinstance(block, ShortcutLayer):
+        layers += block.factors()
+        for factors in block.factors():
+            tensors += _factors(factors)
+    return layers
 
 
 def _vocabulary(module: Transformer, path: str, replica: bool = False) -> LogicalTensor:
@@ -296,6 +319,12 @@ def _whole(path: str, module: torch.nn.Module | None) -> Iterator[LogicalTensor]
         yield LogicalTensor(f"{path}.{name}", parameter, 0, tuple(share(size) for size in parameter.shape))
 
 
+def _factors(factors: LowRankFactors) -> Iterator[LogicalTensor]:
+    rank = share(factors.rank)
+    yield LogicalTensor(f"{factors.name}.A", factors.A, 0, (rank, factors.columns))
+    yield LogicalTensor(f"{factors.name}.B", factors.Bt, 0, (rank, factors.rows))
+
+
 def _name_linear(
     linear: LowRankColumnParallelLinear | LowRankRowParallelLinear, prefix: str
 ) -> Iterator[LogicalTensor]:
@@ -307,8 +336,7 @@ def _name_linear(
         row += rows.padded
     for factors in linear.factors:
         factors.name, rank = f"{prefix}.{factors.name}", share(factors.rank)
-        yield LogicalTensor(f"{factors.name}.A", factors.A, 0, (rank, factors.columns))
-        yield LogicalTensor(f"{factors.name}.B", factors.Bt, 0, (rank, factors.rows))
+        yield from _factors(factors)
         for fixed in factors.fixed:
             if fixed.name.endswith("_snapshot"):
                 yield LogicalTensor(f"{factors.name}.{fixed.name}", fixed.parameter, 0, (rank, fixed.length))

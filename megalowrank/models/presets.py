@@ -1,7 +1,7 @@
 """Published model shapes, as a table of numbers.
 
 Sources: configurations of ReLoRA, GaLore and SwitchLoRA (LLaMA, vocabulary 32100, RMSNorm 1e-6, untied head),
-Radford et al. 2019 (GPT-2), Biderman et al. 2023 (Pythia; an MLP of 4 times the width).
+Radford et al. 2019 (GPT-2), Biderman et al. 2023 (Pythia), Zhang et al. 2022 (OPT); an MLP of 4 times the width.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ GPT2: dict[str, tuple[int, int, int]] = {
     "gpt2_xl": (1600, 48, 25),
 }
 
+# hidden, layers, heads; vocabulary 50272, 2048 positions
+OPT: dict[str, tuple[int, int, int]] = {
+    "opt_125m": (768, 12, 12),
+    "opt_1.3b": (2048, 24, 32),
+}
+
 # hidden, layers, heads, vocabulary (padded for its training)
 PYTHIA: dict[str, tuple[int, int, int, int]] = {
     "pythia_14m": (128, 6, 4, 50304),
@@ -60,8 +66,10 @@ def _presets() -> dict[str, dict[str, Any]]:
     gated = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")
     llama = {"model_family": "llama", "vocab_size": VOCABULARY}
     gpt2 = {"model_family": "gpt2", "vocab_size": 50257, "max_position_embeddings": 1024}
+    opt = {"model_family": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
     found = {name: {**llama, **dict(zip(gated, shape, strict=True))} for name, shape in LLAMA.items()}
     found.update({name: {**gpt2, **dict(zip(sizes, shape, strict=True))} for name, shape in GPT2.items()})
+    found.update({name: {**opt, **dict(zip(sizes, shape, strict=True))} for name, shape in OPT.items()})
     for name, (*shape, vocabulary) in PYTHIA.items():
         found[name] = {"model_family": "neox", "vocab_size": vocabulary, **dict(zip(sizes, shape, strict=True))}
     return found

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from megalowrank.config import ModelConfig
+from megalowrank.errors import ConfigError
+from megalowrank.lowrank.factors import LowRankSpec
+from megalowrank.methods.base import Adapters
 from megalowrank.models.architecture import architecture
 
 Blocks = tuple[tuple[str, int], ...]
+SHORTCUTS = ("residual_1", "residual_2", "cross_in", "cross_cut")
 
 
 def projections(config: ModelConfig) -> dict[str, Blocks]:
@@ -27,3 +31,28 @@ def projections(config: ModelConfig) -> dict[str, Blocks]:
 def input_width(config: ModelConfig, projection: str) -> int:
     """Columns of W of a projection."""
     return (config.ffn_hidden_size if projection == "mlp.down" else config.hidden_size) or 0
+
+
+def shortcut_names(config: ModelConfig) -> list[str]:
+    """All that a model can have, in order; the first block has no block before it to cut across.
+
+    Raises ConfigError for families whose blocks have attention and MLP side by side.
+    """
+    if architecture(config).parallel_residual:
+        raise ConfigError(
+            "shortcuts need blocks with attention before the MLP",
+            f"--model-family {config.model_family}",
+            "llama, gpt2",
+        )
+    return [
+        f"layers.{number}.shortcut.{kind}"
+        for number in range(config.num_layers or 0) for kind in SHORTCUTS if number or kind != "cross_cut"
+    ]  # fmt: skip
+
+
+def shortcut_specs(config: ModelConfig, adapters: Adapters | None) -> dict[str, LowRankSpec]:
+    """Those that a method wants, by name."""
+    if adapters is None or not adapters.shortcuts:
+        return {}
+    found = {name: adapters.spec_of(name) for name in shortcut_names(config)}
+    return {name: spec for name, spec in found.items() if spec is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from megalowrank.models.architecture import architecture
 from megalowrank.models.layers import CausalAttention, GroupedSelfAttention, ParallelResidualLayer, rotary_angles
 from megalowrank.models.norms import norm_class
 from megalowrank.models.projections import input_width, projections
+from megalowrank.models.shortcuts import ShortcutLayer
+from megalowrank.models.task_head import TaskHead
 from megalowrank.models.vocabulary import Head, WordEmbedding, token_losses
 from megalowrank.parallel.partition import share
 from megalowrank.parallel.wire import Wire, mark_partial
@@ -124,7 +126,8 @@ def block_spec(config: ModelConfig, chosen: Chosen, place: Placement) -> ModuleS
 class Transformer(torch.nn.Module):
     """A decoder, or the part of it that one pipeline stage holds.
 
-    Whole: tokens [B, S + 1] -> mean next-token cross-entropy in nats (scalar, float32 or float64). ``config`` is one
+    Whole: tokens [B, S + 1] -> mean next-token cross-entropy in nats (scalar, float32 or float64); with
+    ``config.num_labels`` rows of ``data.labelled_batches`` -> the loss of ``TaskHead``. ``config`` is one
     that ``architecture.completed`` returns; ``chosen`` has an entry for every block of the model. A tied head is a
     second module around the one embedding parameter, so that an engine that gathers parameters module by module
     finds it in both; the last of several stages has a copy of that parameter. Between blocks activations are
@@ -139,12 +142,14 @@ class Transformer(torch.nn.Module):
         recompute: bool,
         dtype: torch.dtype,
         place: Placement,
+        shortcuts: Mapping[str, LowRankSpec] | None = None,
     ) -> None:
         super().__init__()
         shape, core, wire = architecture(config), transformer_config(config, dtype, place.wire), place.wire
         hidden = core.hidden_size
         self.frozen: list[FrozenTensor] = []
         self.recompute, self.wire, self.place = recompute, wire, place
+        self.labelled = config.num_labels is not None
         self.vocabulary = share(config.vocab_size or 0, wire.rank, wire.size)
         self.embedding: Any = None
         if place.begins or (place.ends and shape.tied_output):
@@ -153,12 +158,15 @@ class Transformer(torch.nn.Module):
         if place.begins and shape.rotary_percent is None:
             self.position = torch.nn.Embedding(config.max_position_embeddings or length, hidden, dtype=dtype)
         self.numbers = place.numbers(core.num_layers)
-        self.layers = torch.nn.ModuleList(_block(config, core, chosen[i], i, place) for i in self.numbers)
+        self.shortcuts = dict(shortcuts or {})
+        self.layers = torch.nn.ModuleList(
+            _block(config, core, chosen[i], i, place, self.shortcuts) for i in self.numbers
+        )
         self.norm: Any = None
         self.output: Any = None
         if place.ends:
             self.norm = norm_class(shape.norm, config.norm_impl)(core, hidden, eps=core.layernorm_epsilon)
-            self.output = _head(config, core, wire, self.embedding.weight if shape.tied_output else None)
+            self.output = _head(config, core, wire, dtype, self.embedding.weight if shape.tied_output else None)
         if wire.sequence:
             self._mark_partial()
         self.angles: torch.Tensor | None = None
@@ -187,14 +195,17 @@ class Transformer(torch.nn.Module):
         return (hidden + self.position(places)[:, None, :]).contiguous()
 
     def run_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The blocks of this stage."""
+        """The blocks of this stage; with shortcuts two states go from stage to stage, [2, S, B, H]."""
         if self.angles is not None and self.angles.device != hidden.device:
             self.angles = self.angles.to(hidden.device)
+        middle = None
+        if self.shortcuts and not self.place.begins:
+            hidden, middle = hidden.unbind(0)
         length = hidden.shape[0] * (self.wire.size if self.wire.sequence else 1)
         angles = None if self.angles is None else self.angles[:length]
         for layer in self.layers:
-            hidden = self._run(layer, hidden, angles)
-        return hidden
+            hidden, middle = self._run(layer, hidden, angles, middle)
+        return hidden if middle is None or self.place.ends else torch.stack((hidden, middle))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> logits [S, B, V], this rank's rows of the vocabulary."""
@@ -204,22 +215,39 @@ class Transformer(torch.nn.Module):
         """[B, S] -> [S, B, V]."""
         return self.head(self.run_blocks(self.embed(tokens_BS)))
 
+    def parted(self, batch_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [B, S] of a batch and what ``loss`` compares with: tokens [B, S], or lengths and labels [B, 2]."""
+        if self.labelled:
+            return batch_BT[:, :-2], batch_BT[:, -2:]
+        return batch_BT[:, :-1], batch_BT[:, 1:]
+
     def loss(self, logits_SBV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of the labels."""
+        """Mean cross-entropy of the labels; of a task its own loss."""
+        if isinstance(self.output, TaskHead):
+            return self.output.loss(logits_SBV, labels_BS)
         return token_losses(logits_SBV, labels_BS.t().contiguous(), self.vocabulary, self.wire).mean()
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of tokens 1.. given those before."""
-        return self.loss(self.logits(tokens_BT[:, :-1]), tokens_BT[:, 1:])
+    def forward(self, batch_BT: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of tokens 1.. given those before, or the loss of the task."""
+        inputs_BS, labels = self.parted(batch_BT)
+        return self.loss(self.logits(inputs_BS), labels)
 
-    def _run(self, layer: torch.nn.Module, hidden: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    def _run(
+        self, layer: torch.nn.Module, hidden: torch.Tensor, angles: torch.Tensor | None, middle: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state after a block, and with shortcuts that in its middle."""
+        apply = _apply_with_shortcuts if self.shortcuts else _apply
         if self.recompute and self.training:
-            return checkpoint(_apply, layer, hidden, angles, use_reentrant=False)
-        return _apply(layer, hidden, angles)
+            return checkpoint(apply, layer, hidden, angles, middle, use_reentrant=False)
+        return apply(layer, hidden, angles, middle)
 
 
-def _head(config: ModelConfig, core: TransformerConfig, wire: Wire, tied: torch.nn.Parameter | None) -> Head:
-    """The output projection; ``tied`` is the weight it shares."""
+def _head(
+    config: ModelConfig, core: TransformerConfig, wire: Wire, dtype: torch.dtype, tied: torch.nn.Parameter | None
+) -> Head | TaskHead:
+    """The output projection, of which ``tied`` is the weight it shares, or the head of the task."""
+    if config.num_labels is not None:
+        return TaskHead(core.hidden_size, config.num_labels, wire, dtype)
     vocabulary = config.vocab_size or 0
     rows = share(vocabulary, wire.rank, wire.size).padded * wire.size
     head = Head(
@@ -232,18 +260,38 @@ def _head(config: ModelConfig, core: TransformerConfig, wire: Wire, tied: torch.
     return head
 
 
-def _block(config: ModelConfig, core: TransformerConfig, chosen: Chosen, number: int, place: Placement) -> Any:
+def _block(
+    config: ModelConfig,
+    core: TransformerConfig,
+    chosen: Chosen,
+    number: int,
+    place: Placement,
+    shortcuts: Mapping[str, LowRankSpec],
+) -> Any:
     """One block whose linears add their bias themselves.
 
     megatron-core would hand some biases to the caller, for fusions that are off here. A product with its bias is
     one kernel, and ZeRO-3 would have to gather such a bias again after its module is done.
     """
-    block = build_module(block_spec(config, chosen, place), config=core, layer_number=number + 1)
+    spec = block_spec(config, chosen, place)
+    if shortcuts:
+        spec.module = ShortcutLayer
+    block = build_module(spec, config=core, layer_number=number + 1)
+    if shortcuts:
+        block.add_shortcuts(number, shortcuts, core.hidden_size, place.wire, core.params_dtype)
     for linear in block.modules():
         if isinstance(linear, (LowRankColumnParallelLinear, LowRankRowParallelLinear)):
             linear.skip_bias_add = False
     return block
 
 
-def _apply(layer: Any, hidden: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
-    return layer(hidden, attention_mask=None, rotary_pos_emb=angles)[0]
+def _apply(
+    layer: Any, hidden: torch.Tensor, angles: torch.Tensor | None, middle: torch.Tensor | None
+) -> tuple[torch.Tensor, None]:
+    return layer(hidden, attention_mask=None, rotary_pos_emb=angles)[0], None
+
+
+def _apply_with_shortcuts(
+    layer: Any, hidden: torch.Tensor, angles: torch.Tensor | None, middle: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer(hidden, rotary_pos_emb=angles, before=middle)

@@ -20,15 +20,22 @@ from megalowrank.parallel.wire import Wire
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """megatron-core's embedding with a forward pass that knows sequence parallelism on every device."""
+    """megatron-core's embedding with a forward pass that knows sequence parallelism on every device.
+
+    While ``ones`` every word is a vector of ones.
+    """
 
     def __init__(self, vocabulary: Share, hidden: int, wire: Wire, config: Any) -> None:
         super().__init__(vocabulary.padded * wire.size, hidden, init_method=config.init_method, config=config)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-        self.share, self.wire = vocabulary, wire
+        self.share, self.wire, self.ones = vocabulary, wire, False
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [S, B, H]; under sequence parallelism this rank's part of S."""
+        if self.ones:
+            batch, length = tokens_BS.shape
+            own = length // self.wire.size if self.wire.sequence else length
+            return self.weight.new_ones(own, batch, self.weight.shape[1])
         if self.wire.size == 1:
             return F.embedding(tokens_BS, self.weight).transpose(0, 1).contiguous()
         local = tokens_BS.t() - self.share.start

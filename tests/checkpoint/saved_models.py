@@ -35,6 +35,7 @@ CONFIGS = {
         SHAPE, model_family="neox", ffn_hidden_size=52, rotary_percent=0.5, rotary_base=500.0, norm_epsilon=1e-3
     ),
     "neox, tied": replace(SHAPE, model_family="neox", tie_word_embeddings=True),
+    "opt": replace(SHAPE, model_family="opt", max_position_embeddings=29),
 }  # fmt: skip
 CONFIGS = {name: completed(config, FAMILIES, LENGTH) for name, config in CONFIGS.items()}
 METHODS: dict[str, dict[str, Any]] = {

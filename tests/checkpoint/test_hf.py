@@ -24,6 +24,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from megalowrank.checkpoint.hf import convert
@@ -157,6 +159,11 @@ def neox(**more: Any) -> Any:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=WORDS, initializer_range=0.2, **more))
 
 
+def opt(**more: Any) -> Any:
+    sizes = {"hidden_size": 48, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return OPTForCausalLM(OPTConfig(**sizes, vocab_size=WORDS, max_position_embeddings=32, init_std=0.2, **more))
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
@@ -174,6 +181,10 @@ def as_published_pythia(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {**found, "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(2)}
 
 
+def as_published_opt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("model."): value for key, value in tensors.items()}
+
+
 def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
@@ -186,6 +197,8 @@ THEIRS: dict[str, tuple[Callable[[], Any], Callable[..., Any] | None]] = {
     "gpt2 as published": (lambda: gpt2(n_inner=40, tie_word_embeddings=True), as_published_gpt2),
     "neox": (lambda: neox(layer_norm_eps=1e-3), None),
     "pythia as published": (lambda: neox(), as_published_pythia),
+    "opt": (lambda: opt(tie_word_embeddings=False), None),
+    "opt as published": (opt, as_published_opt),
 }
 
 
@@ -224,10 +237,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "head_dim": (llama, {"head_dim": 16}, "head_dim"),
     "quantised": (llama, {"quantization_config": {"bits": 4}}, "quantization_config"),
     "remote code": (llama, {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
-    "another family": (llama, {"model_type": "mistral"}, "model_type .*got 'mistral'; allowed: llama, gpt2, gpt_neox"),
+    "another family": (llama, {"model_type": "mistral"}, "model_type .*'mistral'; allowed: llama, gpt2, gpt_neox, opt"),
     "activation": (gpt2, {"activation_function": "relu"}, "activation_function"),
     "scaled attention": (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     "sequential": (neox, {"use_parallel_residual": False}, "use_parallel_residual"),
+    "norms after the sublayers": (opt, {"do_layer_norm_before": False}, "do_layer_norm_before .*got False; allowed: T"),
+    "narrow words": (opt, {"word_embed_proj_dim": 24}, "word_embed_proj_dim .*got 24; allowed: 48"),
+    "no last norm": (opt, {"_remove_final_layer_norm": True}, "_remove_final_layer_norm .*got True"),
+    "no biases": (opt, {"enable_bias": False}, "enable_bias .*got False"),
+    "bare norms": (opt, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine .*got False"),
+    "another activation": (opt, {"activation_function": "gelu"}, "activation_function .*got gelu; allowed: relu"),
     "no bias": (neox, {"attention_bias": False}, "attention_bias"),
     "odd rotary": (neox, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}},
                    "must be even"),
@@ -338,6 +357,27 @@ def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write the output folder"):
         to_hf(tmp_path / "run", tmp_path / "run" / "latest" / "hf", Export(), quiet)
     assert os.listdir(tmp_path / "hf") == []
+
+
+def test_an_opt_of_ours_that_theirs_cannot_express(tmp_path: Path) -> None:
+    save_model(replace(CONFIGS["opt"], norm_epsilon=1e-6), "full", tmp_path / "run")
+    with pytest.raises(ConfigError, match="one epsilon; got 1e-06; allowed: 1e-05"):
+        to_hf(tmp_path / "run", tmp_path / "hf", Export(), quiet)
+
+
+@torch.no_grad()
+def test_padding_before_an_opt_reads_none_of_its_positions(tmp_path: Path) -> None:
+    """Positions are counted from the first token that is not masked; the rows before them change nothing."""
+    save_model(CONFIGS["opt"], "full", tmp_path / "run")
+    to_hf(tmp_path / "run", tmp_path / "hf", Export(), quiet)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    table = model.model.decoder.embed_positions.weight
+    assert table.shape == (31, 48) and not table[:2].any() and table[2:].std() > 0.1
+    mask = torch.ones_like(tokens())
+    assert torch.equal(model(tokens(), attention_mask=mask).logits, model(tokens()).logits)
+    mask[:, :4] = 0
+    padded = model(tokens(), attention_mask=mask).logits[:, 4:]
+    assert (padded - model(tokens()[:, 4:]).logits).abs().max() < 1e-4
 
 
 def test_a_llama_of_ours_that_theirs_cannot_express(tmp_path: Path) -> None:

@@ -53,10 +53,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "neox": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 23, "num_attention_heads": 4, "vocab_size": 30,
              "model_family": "neox", "rotary_percent": 0.5},
 }  # fmt: skip
+SHAPES = {
+    **FAMILIES,
+    # one case of it is enough: blocks like GPT-2's
+    "opt": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 25, "num_attention_heads": 4, "vocab_size": 31,
+            "model_family": "opt"},
+}  # fmt: skip
 SLOWER: dict[str, dict[str, Any]] = {
     "lora": {"lora_init": "switchlora"},
     "switchlora": {"switch_interval": 8, "switch_freeze_steps": 3},
     "relora": {"relora_interval": 9},
+    "heterolora": {"hetero_interval": 7, "hetero_warmup_iters": 3, "hetero_score": "grad-norm"},
 }
 METHODS = {name: {**flags, **SLOWER.get(name, {})} for name, flags in SHORT.items()}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -114,7 +121,7 @@ def build(
 ) -> tuple[Method, BuiltModel, ModelConfig]:
     kind = method_class(case["method"])
     method = kind(kind.config_class(**{**METHODS[case["method"]], **case.get("flags", {})}))
-    config = completed(ModelConfig(**FAMILIES[case["family"]]), KNOWN, LENGTH)
+    config = completed(ModelConfig(**SHAPES[case["family"]]), KNOWN, LENGTH)
     config.check()
     if place is not None and place.blocks is not None:
         blocks = split_layers(config, method.adapters(), sizes["pp"])[place.blocks[0]]
@@ -191,7 +198,9 @@ def dense(case: dict[str, Any]) -> Run:
     engine = DenseEngine(
         model.module, model.layers, make_optimizer(model.module, train_config(case)), case.get("clip", 0.0)
     )
-    ctx = Context(model.layers, engine.state, SEED, STEPS, 0, 1, host_allocator(False), engine=engine)
+    ctx = Context(
+        model.layers, engine.state, SEED, STEPS, 0, 1, host_allocator(False), engine=engine, names=model.names
+    )
     method.start(ctx)
     tensors = RunTensors(model, engine.state, method, alone())
     start = digest(logical(tensors, 1))
@@ -221,7 +230,7 @@ class Divided:
                 sequence_parallel=sizes.get("sp", False),
             )
         )  # fmt: skip
-        rides = dict.fromkeys(projections(ModelConfig(**FAMILIES[case["family"]])), case.get("schedule") != "partial")
+        rides = dict.fromkeys(projections(ModelConfig(**SHAPES[case["family"]])), case.get("schedule") != "partial")
         last = groups.pipe_rank == groups.pipe_size - 1
         place = Placement(groups.wire(), (groups.pipe_rank, 0), groups.pipe_rank == 0, last, rides)
         method, model, config = build(case, place, sizes)
@@ -229,7 +238,7 @@ class Divided:
         engine = make(model, config, train_config(case), deepspeed_config(case, sizes), groups)
         ctx = Context(
             model.layers, engine.state, SEED, STEPS, groups.data_rank, groups.data_size, host_allocator(False),
-            engine=engine,
+            engine=engine, names=model.names,
         )  # fmt: skip
         method.start(ctx)
         return cls(method, model, engine, groups, ctx, architecture(config).tied_output)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megalowrank.config import DataConfig, OutputConfig, TrainConfig
+from megalowrank.config import OutputConfig, TrainConfig
 from megalowrank.data.ahead import BatchesAhead
 from megalowrank.engine.dense import DenseEngine
 from megalowrank.engine.engine import Engine, StepResult
@@ -131,13 +131,12 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         method=method,
         ctx=ctx,
         train=train,
-        data=DataConfig(eval_iters=0),
         output=OutputConfig(),
         lr=LR,
         micro_batch_size=4 // ctx.data_size,
         accumulation=micro,
         batches=BatchesAhead(Samples(micro), 4 // ctx.data_size, micro, ctx.data_rank, ctx.data_size),
-        eval_samples=None,
+        evaluation=SimpleNamespace(due=lambda step: False, begin=lambda: 0),  # type: ignore[arg-type]
         metrics=MetricsWriter(None, False),
         progress=Progress(STEPS, 0, False),
         instruments=SimpleNamespace(update=lambda step: nullcontext(), counters=dict),  # type: ignore[arg-type]
@@ -147,7 +146,6 @@ def make_loop(case: dict[str, Any], recorder: Recorder, method: Method, ctx: Con
         beat=lambda where: None,
         check=SimpleNamespace(due=lambda step: False),  # type: ignore[arg-type]
         ranks=ctx.data_size,
-        bytes_per_token=None,
         flops_per_token=0.0,
         peak_flops=None,
     )

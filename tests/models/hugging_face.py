@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +16,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -92,18 +95,29 @@ NEOX = {
     "attention.o": "gpt_neox.layers.{}.attention.dense",
     "mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h", "mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
 }  # fmt: skip
-PLACES = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX}
+OPT = {
+    "embedding": "model.decoder.embed_tokens", "position": "model.decoder.embed_positions",
+    "norm": "model.decoder.final_layer_norm", "output": "lm_head",
+    "input_layernorm": "model.decoder.layers.{}.self_attn_layer_norm",
+    "pre_mlp_layernorm": "model.decoder.layers.{}.final_layer_norm",
+    **{f"attention.{part}": f"model.decoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
+    "attention.o": "model.decoder.layers.{}.self_attn.out_proj",
+    "mlp.up": "model.decoder.layers.{}.fc1", "mlp.down": "model.decoder.layers.{}.fc2",
+}  # fmt: skip
+PLACES = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX, "opt": OPT}
 
 
 def theirs(config: ModelConfig, tensors: Tensors) -> Tensors:
     """Logical tensors, weights or gradients, under the names and in the layouts of transformers."""
     family, heads = config.model_family or "llama", config.num_attention_heads or 1
-    fused = _fuse(tensors, heads if family == "neox" else 1) if family != "llama" else tensors
+    fused = _fuse(tensors, heads if family == "neox" else 1) if family in ("gpt2", "neox") else tensors
     found = {}
     for name, value in fused.items():
         number = re.match(r"layers\.(\d+)\.", name)
         place, kind = name[number.end() if number else 0 :].rsplit(".", 1)
         turned = family == "gpt2" and number and value.dim() == 2
+        if family == "opt" and place == "position":  # its first two rows are read where a text is padded
+            value = F.pad(value, (0, 0, 2, 0))
         path = PLACES[family][place].format(number[1] if number else "")
         found[f"{path}.{kind}"] = value.t() if turned else value
     if "output.weight" not in tensors:
@@ -192,7 +206,22 @@ def _neox(config: ModelConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
     return found
 
 
-FACTORIES = {"llama": _llama, "gpt2": _gpt2, "neox": _neox}
+def _opt(config: ModelConfig, dtype: torch.dtype) -> OPTForCausalLM:
+    shape = OPTConfig(
+        hidden_size=config.hidden_size,
+        ffn_dim=config.ffn_hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        pad_token_id=None,
+        attn_implementation=_attention(dtype),
+    )
+    return OPTForCausalLM(shape).to(dtype).eval()
+
+
+FACTORIES = {"llama": _llama, "gpt2": _gpt2, "neox": _neox, "opt": _opt}
 
 
 def _head(config: ModelConfig) -> int:

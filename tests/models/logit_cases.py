@@ -31,6 +31,7 @@ CONFIGS = {
                          rotary_base=500.0, norm_epsilon=1e-3),
     "gpt2": ModelConfig(**SHAPE, model_family="gpt2", num_attention_heads=4, ffn_hidden_size=57),
     "neox": ModelConfig(**SHAPE, model_family="neox", num_attention_heads=4, ffn_hidden_size=59, rotary_percent=0.5),
+    "opt": ModelConfig(**SHAPE, model_family="opt", num_attention_heads=4, ffn_hidden_size=61),
 }  # fmt: skip
 CONFIGS = {name: completed(config, FAMILIES, LENGTH) for name, config in CONFIGS.items()}
 METHODS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,7 @@ FAMILIES = {
     "llama": apply_preset(LLAMA, None),
     "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=29), None),
     "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=44), None),
+    "opt": apply_preset(replace(SMALL, model_family="opt", max_position_embeddings=29), None),
 }
 
 

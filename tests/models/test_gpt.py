@@ -1,4 +1,4 @@
-"""Our GPT-2 and GPT-NeoX against transformers': logits, gradients, initial weights, the tied head, recomputation."""
+"""Our GPT-2, GPT-NeoX and OPT against transformers': logits, gradients, initial weights, tied heads, recomputation."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ CONFIGS = {
     "neox": replace(SHAPE, model_family="neox"),
     "neox, other sizes": replace(SHAPE, model_family="neox", ffn_hidden_size=52, norm_epsilon=1e-3, rotary_base=500.0,
                                  rotary_percent=0.5),
+    "opt": replace(SHAPE, model_family="opt", max_position_embeddings=29),
     "llama, tied": replace(SHAPE, model_family="llama", ffn_hidden_size=52, tie_word_embeddings=True),
     "gpt2, not tied": replace(SHAPE, model_family="gpt2", tie_word_embeddings=False),
     "neox, tied": replace(SHAPE, model_family="neox", tie_word_embeddings=True),
 }  # fmt: skip
 CONFIGS = {name: completed(config, FAMILIES, LENGTH) for name, config in CONFIGS.items()}
-GPT = ("gpt2", "neox")
+GPT = ("gpt2", "neox", "opt")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "lora": ("lora", {"lora_rank": 5, "lora_alpha": 3.0}),
@@ -107,7 +108,8 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         assert (found[key] - gradient).abs().max() <= 1e-9, key
-        assert float(gradient.abs().max()) > (1e-4 if "bias" in key else 1e-3), key
+        if "k_proj.bias" not in key:  # that of keys moves all scores of a query alike
+            assert float(gradient.abs().max()) > (1e-4 if "bias" in key else 1e-3), key
 
 
 @pytest.mark.parametrize("name", GPT)
@@ -177,7 +179,7 @@ def test_logical_tensors_cover_every_parameter_once(name: str) -> None:
     assert len({tensor.name for tensor in model.tensors}) == len(model.tensors)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "neox, tied"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama, tied", "neox, tied"])
 def test_the_tied_head_is_the_embedding(name: str) -> None:
     model = build("full", name)
     assert model.module.output.weight is model.module.embedding.weight

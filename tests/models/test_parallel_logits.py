@@ -17,6 +17,9 @@ CASES = [
 ] + [
     {"family": family, "method": "lora", "dtype": "float64", "sequence": sequence, "schedule": "partial"}
     for family in FAMILIES for sequence in (False, True)
+] + [
+    {"family": "opt", "method": "switchlora", "dtype": dtype, "sequence": sequence, "schedule": "ride"}
+    for dtype in BOUNDS for sequence in (False, True)
 ]  # fmt: skip
 
 

@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.models.accounting.parameters import count_parameters
 from megalowrank.models.architecture import FAMILIES, GPT_FAMILIES, LLAMA_FAMILIES
-from megalowrank.models.presets import GPT2, LLAMA, PRESETS, PYTHIA, apply_preset
+from megalowrank.models.presets import GPT2, LLAMA, OPT, PRESETS, PYTHIA, apply_preset
 
-# model cards of openai-community and EleutherAI
+# model cards of openai-community and EleutherAI; OPT without the two rows of positions that only padding reads
 PUBLISHED = {
     "gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
     "pythia_14m": 14_067_712, "pythia_31m": 30_494_720, "pythia_70m": 70_426_624, "pythia_160m": 162_322_944,
     "pythia_410m": 405_334_016, "pythia_1b": 1_011_781_632, "pythia_1.4b": 1_414_647_808,
     "pythia_2.8b": 2_775_208_960, "pythia_6.9b": 6_857_302_016, "pythia_12b": 11_846_072_320,
+    "opt_125m": 125_237_760, "opt_1.3b": 1_315_753_984,
 }  # fmt: skip
 # size of a head, which decides no total
 HEADS = {
@@ -43,12 +44,15 @@ def on_meta(config: ModelConfig) -> int:
     with torch.device("meta"):
         if config.model_family == "gpt2":
             model: Any = GPT2LMHeadModel(GPT2Config(**sizes, **blocks, n_positions=config.max_position_embeddings))
+        elif config.model_family == "opt":
+            positions = {"max_position_embeddings": (config.max_position_embeddings or 0) - 2}
+            model = OPTForCausalLM(OPTConfig(**sizes, **blocks, ffn_dim=config.ffn_hidden_size, **positions))
         else:
             model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **blocks, intermediate_size=config.ffn_hidden_size))
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [*GPT2, *PYTHIA])
+@pytest.mark.parametrize("name", [*GPT2, *PYTHIA, *OPT])
 def test_parameters_of_a_preset_are_the_published_ones(name: str) -> None:
     config = apply_preset(ModelConfig(preset=name), None)
     assert count_parameters(config, None).total == PUBLISHED[name] == on_meta(config)
@@ -56,7 +60,7 @@ def test_parameters_of_a_preset_are_the_published_ones(name: str) -> None:
 
 
 def test_every_gpt_preset_has_its_published_total() -> None:
-    assert PUBLISHED.keys() == {*GPT2, *PYTHIA} and PRESETS.keys() == {*LLAMA, *GPT2, *PYTHIA}
+    assert PUBLISHED.keys() == {*GPT2, *PYTHIA, *OPT} and PRESETS.keys() == {*LLAMA, *PUBLISHED}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,8 @@ def test_every_gpt_preset_has_its_published_total() -> None:
                   "rotary_percent": 0.25, "rotary_base": 10000.0}),
         ("llama", {"norm_epsilon": 1e-6, "ffn_hidden_size": 40, "num_query_groups": 4, "max_position_embeddings": None,
                    "rotary_percent": 1.0, "rotary_base": 10000.0}),
+        ("opt", {"norm_epsilon": 1e-5, "ffn_hidden_size": 128, "num_query_groups": 4, "max_position_embeddings": 9,
+                 "rotary_percent": None, "tie_word_embeddings": True}),
     ],
 )  # fmt: skip
 def test_defaults_follow_the_family(family: str, expected: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megalowrank.errors import TrainingError
 from megalowrank.models.build import BuiltModel
@@ -41,6 +41,31 @@ def foreign_logits(folder: Path, tokens_BS: torch.Tensor, adapter: Path | None =
 
         model = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
     return model.eval()(tokens_BS).logits
+
+
+def padded_probes(vocabulary: int, length: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [3, T], padded on the right with ``padding``, which none of the real ones is, and lengths [3]."""
+    tokens_BS = probes(vocabulary, length)
+    tokens_BS = torch.where(tokens_BS == padding, (padding + 1) % vocabulary, tokens_BS)
+    width = tokens_BS.shape[1]
+    lengths_B = torch.tensor([width, 1 + width // 2, 1])
+    return tokens_BS.masked_fill(torch.arange(width) >= lengths_B[:, None], padding), lengths_B
+
+
+@torch.no_grad()
+def our_scores(model: BuiltModel, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """Logits [B, K] of a model of ours with the head of a task."""
+    return model.module.output.last(model.module.logits(tokens_BS), lengths_B)
+
+
+@torch.no_grad()
+def foreign_scores(folder: Path, tokens_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """As ``foreign_logits``, of a model for sequences: [B, K]."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    mask = torch.arange(tokens_BS.shape[1]) < lengths_B[:, None]
+    return model.eval()(tokens_BS, attention_mask=mask.long()).logits
 
 
 def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

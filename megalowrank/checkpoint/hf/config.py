@@ -7,19 +7,26 @@ trained model and is not taken over: nothing here is trained with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 
 from megalowrank.checkpoint.hf.names import FAMILY_NAMES
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
-from megalowrank.models.architecture import FAMILIES, architecture, completed
+from megalowrank.models.architecture import ARCHITECTURES, FAMILIES, architecture, completed
 
 # by family: transformers' class, its name of a model with a head, and our field of each of its sizes
-_CLASSES: dict[str, Any] = {"llama": LlamaConfig, "gpt2": GPT2Config, "neox": GPTNeoXConfig}
-_MODELS = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "neox": "GPTNeoXForCausalLM"}
+_CLASSES: dict[str, Any] = {"llama": LlamaConfig, "gpt2": GPT2Config, "neox": GPTNeoXConfig, "opt": OPTConfig}
+_MODELS = {
+    "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM",
+}  # fmt: skip
+_CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification",
+    "neox": "GPTNeoXForSequenceClassification", "opt": "OPTForSequenceClassification",
+}  # fmt: skip
 _SHARED = {
     "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads",
     "vocab_size": "vocab_size", "init_method_std": "initializer_range", "tie_word_embeddings": "tie_word_embeddings",
@@ -33,6 +40,10 @@ _FIELDS: dict[str, dict[str, str]] = {
         "ffn_hidden_size": "n_inner", "norm_epsilon": "layer_norm_epsilon", "max_position_embeddings": "n_positions",
     },
     "neox": {"ffn_hidden_size": "intermediate_size", "norm_epsilon": "layer_norm_eps"},
+    "opt": {
+        "ffn_hidden_size": "ffn_dim", "max_position_embeddings": "max_position_embeddings",
+        "init_method_std": "init_std",
+    },
 }  # fmt: skip
 # what the function of ours is; another value in config.json is another model
 _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -45,23 +56,36 @@ _REQUIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     },
     "neox": {"hidden_act": ("gelu",), "use_parallel_residual": (True,), "attention_bias": (True,)},
+    "opt": {
+        "activation_function": ("relu",), "do_layer_norm_before": (True,), "_remove_final_layer_norm": (False,),
+        "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
+    },
 }  # fmt: skip
 _REQUIRED_OF_ALL: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,), "quantization_config": (None,), "sliding_window": (None,), "is_encoder_decoder": (False,),
     "layer_types": (None,), "layer_norm_type": (None,), "qk_norm": (False, None),
 }  # fmt: skip
+_DROPPED = ("_pdrop", "dropout", "layerdrop")
+_DROPOUT: dict[str, tuple[str, ...]] = {
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "opt": ("dropout", "attention_dropout", "layerdrop"),
+}  # fmt: skip
 _ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
-def to_foreign(config: ModelConfig, length: int, tokens: dict[str, int | None], dtype: str) -> Any:
+def to_foreign(
+    config: ModelConfig, length: int, tokens: dict[str, int | None], dtype: str, labels: Sequence[str] | None = None
+) -> Any:
     """transformers' configuration of a completed ``config``.
 
-    ``length`` is the longest sequence, ``tokens`` has ``bos_token_id`` and the like. Raises ConfigError for what the
-    family of theirs cannot express.
+    ``length`` is the longest sequence, ``tokens`` has ``bos_token_id`` and the like, ``labels`` are the names of the
+    classes of a labelled task. Raises ConfigError for what the family of theirs cannot express.
     """
     family, rotary = config.model_family or "llama", architecture(config).rotary_percent is not None
     if family == "llama" and config.rotary_percent not in (None, 1.0):
         raise ConfigError("a LLaMA of transformers rotates whole heads", f"--rotary-percent {config.rotary_percent}", 1)
+    epsilon = ARCHITECTURES[family].norm_epsilon
+    if family == "opt" and config.norm_epsilon != epsilon:
+        raise ConfigError("the norms of transformers' OPT have one epsilon", config.norm_epsilon, epsilon)
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in {**_SHARED, **_FIELDS[family]}.items()}
     if rotary:
         fields["max_position_embeddings"] = length
@@ -69,8 +93,19 @@ def to_foreign(config: ModelConfig, length: int, tokens: dict[str, int | None], 
     if family == "neox":
         fields["rope_parameters"]["partial_rotary_factor"] = config.rotary_percent
     fields.update({name: allowed[0] for name, allowed in _REQUIRED[family].items() if name != "rope_interleaved"})
-    fields.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop") if family == "gpt2" else (), 0.0))
-    return _CLASSES[family](**fields, **tokens, architectures=[_MODELS[family]], dtype=dtype)
+    fields.update(dict.fromkeys(_DROPOUT.get(family, ()), 0.0))
+    fields.update(tokens, architectures=[_MODELS[family]], dtype=dtype)
+    if config.num_labels is not None:
+        fields.update(_task(config.num_labels, labels), architectures=[_CLASSIFIERS[family]])
+    return _CLASSES[family](**fields)
+
+
+def _task(outputs: int, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What theirs says of a labelled task; without ``labels`` it is a regression."""
+    if labels is None:
+        return {"num_labels": outputs, "problem_type": "regression"}
+    names = dict(enumerate(labels))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, int, list[str]]:
@@ -96,6 +131,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, int, list[str]]:
     head = (config.hidden_size or 0) // (config.num_attention_heads or 1)
     if getattr(found, "head_dim", None) not in (None, head):
         raise ConfigError("head_dim in config.json is not hidden_size over num_attention_heads", found.head_dim, head)
+    width = getattr(found, "word_embed_proj_dim", None)
+    if width not in (None, config.hidden_size):
+        raise ConfigError("word_embed_proj_dim in config.json is not hidden_size", width, config.hidden_size)
     return config, length, _notes(raw)
 
 
@@ -127,7 +165,7 @@ def _rotary(family: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _notes(raw: dict[str, Any]) -> list[str]:
-    dropped = {key: value for key, value in raw.items() if key.endswith(("_pdrop", "_dropout")) and value}
+    dropped = {key: value for key, value in raw.items() if key.endswith(_DROPPED) and value}
     dropped.pop("summary_first_dropout", None)
     dropped.pop("classifier_dropout", None)
     return [f"{key} {value} is not used: nothing here is trained with it" for key, value in dropped.items()]

@@ -13,7 +13,15 @@ import torch
 from megalowrank.checkpoint.fresh import fresh_folder
 from megalowrank.checkpoint.hf.adapters import Adapter, read_adapter, write_adapter
 from megalowrank.checkpoint.hf.card import write_card
-from megalowrank.checkpoint.hf.check import foreign_logits, largest_difference, our_logits, probes
+from megalowrank.checkpoint.hf.check import (
+    foreign_logits,
+    foreign_scores,
+    largest_difference,
+    our_logits,
+    our_scores,
+    padded_probes,
+    probes,
+)
 from megalowrank.checkpoint.hf.config import read_config
 from megalowrank.checkpoint.hf.export import DTYPES, Tokens, write_json, write_model
 from megalowrank.checkpoint.hf.folder import FolderWeights
@@ -26,6 +34,8 @@ from megalowrank.errors import ConfigError
 from megalowrank.methods.full_rank import FullRank
 from megalowrank.methods.lora import LoRA, LoRAConfig
 from megalowrank.models.architecture import FAMILIES, completed
+from megalowrank.models.build import BuiltModel
+from megalowrank.models.task_head import TaskHead
 
 Report = Callable[[str], None]
 TOKENIZER = "tokenizer"  # beside an imported checkpoint: a folder
@@ -53,26 +63,37 @@ def to_hf(checkpoint: Path, out: Path, export: Export, report: Report) -> float:
         _require_peft()
     saved = SavedWeights.open(checkpoint)
     config, length = _completed(saved)
+    if config.num_labels is not None and export.adapters:
+        raise ConfigError("--adapters does not go with the head of a labelled task", "--adapters", "merged weights")
     frozen = _rounded(saved, DTYPES[export.dtype])
     with fresh_folder(out) as temporary:
         base = temporary / "base" if export.adapters else temporary
         base.mkdir(exist_ok=True)
         tokens = _export_tokenizer(saved, export, base, length, report)
         read = frozen if export.adapters else _merged(saved, export)
-        files = write_model(base, config, length, read, tokens, export.dtype, export.max_shard_size)
+        labels = saved.run.get("labels")
+        files = write_model(base, config, length, read, tokens, export.dtype, export.max_shard_size, labels)
         adapter = temporary / "adapter" if export.adapters else None
         if adapter is not None:
             adapter.mkdir()
             report(f"adapters for {write_adapter(adapter, saved, str(out / 'base'))} modules")
         expected = build_plain(config, length, lambda *it: saved.merged(it[0], frozen(*it)) if adapter else read(*it))
         saved.check_covered({tensor.name for tensor in expected.tensors})
-        tokens_BS = probes(config.vocab_size or 0, length)
-        ours = our_logits(expected, tokens_BS)
+        difference = _compared(expected, base, adapter, length, tokens["pad_token_id"])
         del expected
-        difference = largest_difference(foreign_logits(base, tokens_BS, adapter), ours)
         _cards(base, adapter, saved, out, export, difference)
     report(f"{files} file(s) of weights in {export.dtype}; logits differ from ours by at most {difference:.3g}")
     return difference
+
+
+def _compared(model: BuiltModel, base: Path, adapter: Path | None, length: int, padding: int | None) -> float:
+    """The largest difference between the logits of ``model`` and of what was written; TrainingError if it matters."""
+    vocabulary = model.module.vocabulary.size
+    if not isinstance(model.module.output, TaskHead):
+        tokens_BS = probes(vocabulary, length)
+        return largest_difference(foreign_logits(base, tokens_BS, adapter), our_logits(model, tokens_BS))
+    padded = padded_probes(vocabulary, length, padding or 0)
+    return largest_difference(foreign_scores(base, *padded), our_scores(model, *padded))
 
 
 def _completed(saved: SavedWeights) -> tuple[ModelConfig, int]:
@@ -96,7 +117,8 @@ def _export_tokenizer(saved: SavedWeights, export: Export, folder: Path, length:
     if source is None:
         report("no tokenizer is written: the run does not name one (--tokenizer-model)")
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    tokenizer, tokens = write_tokenizer(source, folder, length)
+    padded = saved.run["model"].get("num_labels") is not None
+    tokenizer, tokens = write_tokenizer(source, folder, length, padded)
     rows = int(saved.run["model"]["vocab_size"])
     if tokenizer.vocab_size() > rows:
         raise ConfigError(f"the tokenizer {source} has more tokens than the model", tokenizer.vocab_size(), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ Tokens = dict[str, int | None]
 
 
 def write_model(
-    folder: Path, config: ModelConfig, length: int, read: Reader, tokens: Tokens, dtype: str, max_shard_size: str
+    folder: Path,
+    config: ModelConfig,
+    length: int,
+    read: Reader,
+    tokens: Tokens,
+    dtype: str,
+    max_shard_size: str,
+    labels: Sequence[str] | None = None,
 ) -> int:
     """Write the model whose logical tensors ``read`` gives; returns how many files hold its weights.
 
-    ``length`` is the longest sequence, ``tokens`` has ``bos_token_id`` and the like. One file's tensors are in memory
-    at a time. Raises ConfigError for a model that theirs cannot express and for a malformed size.
+    ``length`` is the longest sequence, ``tokens`` has ``bos_token_id`` and the like, ``labels`` are the names of the
+    classes of a labelled task. One file's tensors are in memory at a time. Raises ConfigError for a model that theirs cannot express and for a malformed size.
     """
-    to_foreign(config, length, tokens, dtype).save_pretrained(folder)
-    GenerationConfig(**tokens).save_pretrained(folder)
+    to_foreign(config, length, tokens, dtype, labels).save_pretrained(folder)
+    if config.num_labels is None:
+        GenerationConfig(**tokens).save_pretrained(folder)
     plan = _plan(config, DTYPES[dtype], max_shard_size)
     stored = {tensor.name: tensor for tensor in stored_tensors(config)}
     for file, names in plan.filename_to_tensors.items():

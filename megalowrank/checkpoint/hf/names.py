@@ -1,13 +1,13 @@
 """Which tensor of a Hugging Face model holds which of our logical tensors, and in what order of elements.
 
 GPT-2 keeps the weights of its blocks transposed, with Q, K and V as blocks; GPT-NeoX has Q, K and V of a head side by
-side. Pure functions of a completed ``ModelConfig``.
+side. OPT's table of positions begins with rows that are read where a text is padded. Pure functions of a completed ``ModelConfig``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,9 @@ Shape = tuple[int, ...]
 class Names:
     """Names of a family: ``outer`` by logical module, ``block`` by the logical matrices a module fuses.
 
-    ``prefix`` is that of the model without its head; names of an older file may lack it.
+    ``prefix`` is that of the model without its head; names of an older file may lack it. ``unread_positions`` rows
+    come before those of the learned positions. Only padding reads them, which no other token sees: they are zeros in
+    what is written, and not taken over.
     """
 
     model_type: str
@@ -34,6 +36,7 @@ class Names:
     transposed: bool = False
     by_head: bool = False
     buffers: tuple[str, ...] = ()
+    unread_positions: int = 0
 
 
 _QKV = ("attention.q", "attention.k", "attention.v")
@@ -72,33 +75,52 @@ FAMILY_NAMES: dict[str, Names] = {
         },
         buffers=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     ),
+    "opt": Names(
+        model_type="opt", prefix="model.", blocks="model.decoder.layers", unread_positions=2,
+        outer={
+            "embedding": "model.decoder.embed_tokens", "position": "model.decoder.embed_positions",
+            "norm": "model.decoder.final_layer_norm", "output": "lm_head",
+        },
+        block={
+            ("input_layernorm",): "self_attn_layer_norm", ("pre_mlp_layernorm",): "final_layer_norm",
+            ("attention.q",): "self_attn.q_proj", ("attention.k",): "self_attn.k_proj",
+            ("attention.v",): "self_attn.v_proj", ("attention.o",): "self_attn.out_proj",
+            ("mlp.up",): "fc1", ("mlp.down",): "fc2",
+        },
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the Hugging Face model: logical tensors as row blocks, cut into ``heads`` groups of rows each."""
+    """A tensor of the Hugging Face model: logical tensors as row blocks, cut into ``heads`` groups of rows each.
+
+    ``unread`` rows come before them, of which none of ours knows.
+    """
 
     name: str
     parts: tuple[str, ...]
     shapes: tuple[Shape, ...]
     heads: int = 1
     transposed: bool = False
+    unread: int = 0
 
     @property
     def shape(self) -> Shape:
         """As it is in the file."""
-        rows = sum(shape[0] for shape in self.shapes)
+        rows = self.unread + sum(shape[0] for shape in self.shapes)
         return (self.shapes[0][1], rows) if self.transposed else (rows, *self.shapes[0][1:])
 
     def join(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor made of its parts."""
         rows = torch.cat([value.unflatten(0, (self.heads, -1)) for value in values], 1).flatten(0, 1)
+        if self.unread:
+            rows = torch.cat((rows.new_zeros(self.unread, *rows.shape[1:]), rows))
         return (rows.t() if self.transposed else rows).contiguous()
 
     def split(self, value: torch.Tensor) -> list[torch.Tensor]:
         """The parts of the tensor."""
-        rows = (value.t() if self.transposed else value).unflatten(0, (self.heads, -1))
+        rows = (value.t() if self.transposed else value)[self.unread :].unflatten(0, (self.heads, -1))
         parts = rows.split([shape[0] // self.heads for shape in self.shapes], 1)
         return [part.flatten(0, 1).contiguous() for part in parts]
 
@@ -120,7 +142,9 @@ def logical_shapes(config: ModelConfig) -> dict[str, Shape]:
             found.update({f"layers.{number}.{name}.{kind}": (hidden,) for kind in norm})
         found.update(_linears(config, number, shape.biases))
     found.update({f"norm.{kind}": (hidden,) for kind in norm})
-    if not shape.tied_output:
+    if config.num_labels is not None:
+        found["score.weight"] = (config.num_labels, hidden)
+    elif not shape.tied_output:
         found["output.weight"] = (vocabulary, hidden)
     return found
 
@@ -138,8 +162,9 @@ def stored_tensors(config: ModelConfig) -> list[Stored]:
     """Every tensor of the Hugging Face model; a tied head is not stored."""
     names, shapes = names_of(config), logical_shapes(config)
     found: list[Stored] = []
-    for module, path in names.outer.items():
-        found += _stored(path, (module,), shapes)
+    for module, path in {**names.outer, "score": "score"}.items():
+        unread = names.unread_positions if module == "position" else 0
+        found += [replace(stored, unread=unread) for stored in _stored(path, (module,), shapes)]
     heads = config.num_attention_heads or 1
     for number in range(config.num_layers or 0):
         for parts, path in names.block.items():

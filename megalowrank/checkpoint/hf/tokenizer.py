@@ -32,10 +32,13 @@ _UNIGRAM, _BPE = 1, 2
 _SPACE = "\u2581"
 
 
-def write_tokenizer(source: str | Path, folder: Path, length: int) -> tuple[Tokenizer, dict[str, int | None]]:
+def write_tokenizer(
+    source: str | Path, folder: Path, length: int, padded: bool = False
+) -> tuple[Tokenizer, dict[str, int | None]]:
     """Write the tokenizer at ``source`` into ``folder``; returns it, and bos_token_id, eos_token_id, pad_token_id.
 
-    ``length`` is the longest sequence of the model. Raises ConfigError if it is no tokenizer, or if what was written
+    ``length`` is the longest sequence of the model. ``padded``: where it has no padding token, the one that ends a
+    document, or the one for the unknown, becomes it, and padding is on the right. Raises ConfigError if it is no tokenizer, or if what was written
     gives other ids than ``source``.
     """
     given = load_tokenizer(source)
@@ -45,6 +48,10 @@ def write_tokenizer(source: str | Path, folder: Path, length: int) -> tuple[Toke
     else:
         sentencepiece_as_fast(given, length).save_pretrained(folder)
     written = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if padded:
+        written.pad_token = written.pad_token or written.eos_token or written.unk_token
+        written.padding_side = "right"
+        written.save_pretrained(folder)
     for text in SAMPLES:
         found, expected = HuggingFaceTokenizer(written).encode(text), given.encode(text)
         if found != expected:

@@ -10,7 +10,7 @@ the angles of the rotary embedding. Attention is a fused kernel that keeps no sc
 | column-parallel       | its input [n, H], and u [N, R] of the factors; *partial* under sequence parallelism [N, H] |
 | snapshots             | u [N, 2R], and both pairs of factors joined                                                |
 | attention             | q, k, v, rotated q and k, the output, one number a head and token; sines and cosines       |
-| activation            | its input [N, F] ([N, 2F] gated, and both sides of the product)                            |
+| activation            | its input [N, F] ([N, 2F] gated, and both sides of the product); ReLU nothing of its own   |
 | row-parallel          | its input, and u: [n, R] that rides, [N, R] otherwise                                      |
 | word embedding        | the tokens                                                                                 |
 | loss                  | the softmax in float32, target and mask of every token                                     |
@@ -21,11 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.parts import local_sizes
-from megalowrank.models.accounting.shapes import Projection, all_projections
+from megalowrank.models.accounting.shapes import Projection, all_projections, head_rows
 from megalowrank.models.architecture import architecture
 from megalowrank.parallel.partition import share
 
@@ -77,8 +79,7 @@ def in_flight(layout: Layout, stage: int) -> int:
 def kept_by_micro_batch(config: ModelConfig, adapters: Adapters | None, layout: Layout, stage: int = 0) -> Kept:
     """What autograd keeps of one micro-batch on a rank of a pipeline stage."""
     own, last = layout.own_tokens * (config.hidden_size or 0) * layout.low, stage == layout.pipe_size - 1
-    vocabulary = share(config.vocab_size or 0, 0, layout.tensor_size).padded
-    logits = layout.tokens * vocabulary * layout.low
+    logits = layout.tokens * head_rows(config, layout.tensor_size) * layout.low
     finished = min(2, layout.accumulation - 1) if last and layout.pipe_size > 1 else 0
     of_block: dict[int, list[Projection]] = {number: [] for number in stage_blocks(config, adapters, layout, stage)}
     for projection in all_projections(config, adapters):
@@ -104,7 +105,15 @@ def _block(config: ModelConfig, layout: Layout, projections: Sequence[Projection
     total = norms + _column_input(config, layout, qkv) + _attention(config, layout, qkv) + _narrow(layout, o)
     total += _column_input(config, layout, up) + _narrow(layout, down)
     ffn = local_sizes(down, layout)[0][1]
-    return total + layout.tokens * layout.low * ffn * (5 if architecture(config).gated else 2)
+    return total + layout.tokens * layout.low * ffn * _widths_of_mlp(config)
+
+
+def _widths_of_mlp(config: ModelConfig) -> int:
+    """Tensors [N, F] that the activation and the last product of an MLP keep."""
+    shape = architecture(config)
+    if shape.gated:
+        return 5
+    return 1 if shape.activation is F.relu else 2
 
 
 def _norm(config: ModelConfig, layout: Layout) -> int:
@@ -152,6 +161,7 @@ def _begin(config: ModelConfig, layout: Layout) -> int:
 
 def _end(config: ModelConfig, layout: Layout) -> int:
     """What the last norm, the head and the loss keep; a rank with padding in its vocabulary keeps a mask of it too."""
-    vocabulary = share(config.vocab_size or 0, 0, layout.tensor_size).padded
+    outputs = head_rows(config, layout.tensor_size)
     head = _norm(config, layout) + layout.own_tokens * (config.hidden_size or 0) * layout.low
-    return head + layout.tokens * (FLOAT * vocabulary + INTEGER + 1)
+    samples = layout.tokens if config.num_labels is None else layout.micro_batch
+    return head + samples * (FLOAT * outputs + INTEGER + 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
-from megalowrank.models.accounting.shapes import Matrix, Projection, all_projections
+from megalowrank.models.accounting.shapes import Matrix, Projection, all_projections, head_rows
 
 # Dense tensor-core peaks in FLOP/s (no sparsity): bfloat16, and float16 for the V100, which has no bfloat16. From
 # NVIDIA's data sheets. The first pattern that fits wins; a slice of a card (MIG) is not in the table.
@@ -48,7 +48,7 @@ def flops_breakdown(
 
 def head_flops(config: ModelConfig) -> float:
     """FLOPs per token of the head, forward and backward."""
-    return 6.0 * (config.vocab_size or 0) * (config.hidden_size or 0)
+    return 6.0 * head_rows(config) * (config.hidden_size or 0)
 
 
 def block_flops(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.layout import Layout, stage_blocks
-from megalowrank.models.accounting.shapes import Projection, all_projections, norm_vectors
+from megalowrank.models.accounting.shapes import Projection, all_projections, head_rows, norm_vectors
 from megalowrank.models.architecture import architecture
 from megalowrank.parallel.partition import share
 
@@ -58,10 +58,16 @@ def rank_parts(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
         found += [*_linear(up, layout, shape.biases), *_linear(down, layout, shape.biases)]
     if last:
         found += _norm(config, layout, "norm")
-        found += [] if shape.tied_output else [Part("output", "weight", table)]
+        found += [] if shape.tied_output else [_head(config, layout)]
     if adapters is not None and adapters.frozen:
         return [part if part.name in _FACTORS else replace(part, trained=False) for part in found]
     return found
+
+
+def _head(config: ModelConfig, layout: Layout) -> Part:
+    """The output projection of the vocabulary or of a task; each rank has that of a task whole."""
+    partial = layout.splits_sequence and config.num_labels is not None
+    return Part("output", "weight", (config.hidden_size or 0) * head_rows(config, layout.tensor_size), partial=partial)
 
 
 def _norm(config: ModelConfig, layout: Layout, module: str) -> list[Part]:

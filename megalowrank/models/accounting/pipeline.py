@@ -9,8 +9,7 @@ from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.flops import factor_gradients
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.parts import local_sizes
-from megalowrank.models.accounting.shapes import Projection, all_projections
-from megalowrank.parallel.partition import share
+from megalowrank.models.accounting.shapes import Projection, all_projections, head_rows
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ def rank_flops(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
     width = (config.hidden_size or 0) // layout.tensor_size
     per_token += len(blocks) * (3 + again) * 2.0 * layout.seq_length * width
     if stage == layout.pipe_size - 1:
-        vocabulary = share(config.vocab_size or 0, 0, layout.tensor_size).padded
-        per_token += 6.0 * vocabulary * (config.hidden_size or 0)
+        per_token += 6.0 * head_rows(config, layout.tensor_size) * (config.hidden_size or 0)
     return tokens * per_token
 
 

@@ -11,7 +11,8 @@ from megalowrank.config import ModelConfig
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters
 from megalowrank.models.architecture import architecture
-from megalowrank.models.projections import input_width, projections
+from megalowrank.models.projections import input_width, projections, shortcut_names
+from megalowrank.parallel.partition import share
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Proj
             found.append(Projection(number, kind, matrices))
     if adapters is not None:
         check_patterns(adapters.patterns, names)
-        adapters.check_names(names)
+        adapters.check_names([*names, *(shortcut_names(config) if adapters.shortcuts else ())])
     return found
 
 
@@ -119,7 +120,14 @@ def tables(config: ModelConfig) -> list[int]:
     found = [hidden * vocabulary]
     if shape.rotary_percent is None:
         found.append(hidden * (config.max_position_embeddings or 0))
-    return found if shape.tied_output else [*found, hidden * vocabulary]
+    return found if shape.tied_output else [*found, hidden * head_rows(config)]
+
+
+def head_rows(config: ModelConfig, ranks: int = 1) -> int:
+    """Rows of the head on each of ``ranks`` that share the vocabulary, padding included; a task's head is whole."""
+    if config.num_labels is not None:
+        return config.num_labels
+    return share(config.vocab_size or 0, 0, ranks).padded
 
 
 def norm_vectors(config: ModelConfig) -> int:

@@ -130,7 +130,10 @@ def _ends(tally: Tally, config: ModelConfig, stage: int) -> None:
     if stage == 0:
         tally.add("tensor", "reduce-scatter" if layout.splits_sequence else "all-reduce", hidden, count)
         tally.add("tensor", "all-gather", hidden, count if layout.splits_sequence else 0)
-    if stage == layout.pipe_size - 1:
+    if stage == layout.pipe_size - 1 and config.num_labels is not None:
+        calls = count * layout.splits_sequence
+        tally.add("tensor", "all-reduce", calls * layout.micro_batch * config.num_labels * layout.low, calls)
+    elif stage == layout.pipe_size - 1:
         tally.add("tensor", "reduce-scatter" if layout.splits_sequence else "all-reduce", hidden, count)
         tally.add("tensor", "all-gather", 2 * hidden, 2 * count if layout.splits_sequence else 0)
         tally.add("tensor", "all-reduce", 3 * count * _FLOAT * layout.tokens, 3 * count)
