@@ -1,3 +1,3 @@
 """megalowrank: low-rank pre-training of language models, sharded."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

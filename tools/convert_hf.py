@@ -43,6 +43,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--dtype", default=Export.dtype, choices=tuple(DTYPES), help="of the weights in the files")
     out.add_argument("--tokenizer-model", help="sentencepiece model or Hugging Face folder; default: the run's")
     out.add_argument("--adapters", action="store_true", help="base and PEFT adapter instead of merged weights")
+    out.add_argument(
+        "--without-shortcuts",
+        action="store_true",
+        help="leave shortcuts of heterolora out: another function than the trained one",
+    )
     back = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face folder")
     back.add_argument("folder", type=Path, help="folder of save_pretrained, with safetensors")
     back.add_argument("out", type=Path, help="folder of checkpoints to write; it must not exist")
@@ -58,7 +63,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         initialize_single_process(str(Path(folder) / "store"))
         if args.command == "to-hf":
-            export = Export(args.max_shard_size, args.dtype, args.tokenizer_model, args.adapters)
+            export = Export(
+                args.max_shard_size, args.dtype, args.tokenizer_model, args.adapters, args.without_shortcuts
+            )
             to_hf(args.checkpoint, args.out, export, print)
         else:
             from_hf(args.folder, args.out, args.adapters, print)

@@ -27,8 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of checkpoints (the newest is taken), or one checkpoint")
     parser.add_argument("out", type=Path, help="folder of checkpoints to write; it must not exist")
+    parser.add_argument(
+        "--without-shortcuts",
+        action="store_true",
+        help="leave shortcuts of heterolora out: another function than the trained one",
+    )
     args = parser.parse_args()
-    saved = SavedWeights.open(args.checkpoint)
+    saved = SavedWeights.open(args.checkpoint, args.without_shortcuts)
     with fresh_folder(args.out) as folder:
         save_merged(saved, folder)
     print(f"{saved.run['method']}, update {saved.checkpoint.step}, merged: written to {args.out}")

@@ -1,4 +1,4 @@
-"""Draw what a run did (loss, schedule, switches, change of its weights), or several runs over each other."""
+"""Draw what a run did (loss, schedule, switches, modules that were on, change of its weights), or several runs over each other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if importlib.util.find_spec("megalowrank") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotting.compare import compare
+from plotting.modules import draw_modules
 from plotting.run import Run
 from plotting.single import draw_loss, draw_schedule, draw_switches
 from plotting.spectrum import draw_spectrum, find_checkpoint
@@ -24,6 +25,7 @@ def draw(run: Run, checkpoint_path: Path | None, out: Path) -> None:
     draw_loss(run, out)
     draw_schedule(run, out)
     draw_switches(run, out)
+    draw_modules(run, out)
     if checkpoint is None:
         print("spectrum: the run has saved no checkpoint; name one with --checkpoint")
     else:

@@ -21,9 +21,12 @@ _FACTORS = (".A", ".B")
 
 
 class SavedWeights:
-    """Weights by logical name, read as they are asked for. Every rank may read alone; nothing is communicated."""
+    """Weights by logical name, read as they are asked for. Every rank may read alone; nothing is communicated.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Shortcuts that are on are no weights of a plain model: ConfigError, unless ``without_shortcuts`` leaves them out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, without_shortcuts: bool = False) -> None:
         self.checkpoint, self.run = checkpoint, checkpoint.state["run"]
         self._stored = set(checkpoint.names())
         self._heads = head_prefixes(self._stored)
@@ -35,12 +38,24 @@ class SavedWeights:
         kind = method_class(self.run["method"])
         method = kind(kind.config_class(**self.run["method_config"]))
         self.adapters = method.adapters()
-        self._left_out = method.left_out(checkpoint.state.get("method", {}))
+        self._left_out = method.left_out(checkpoint.state.get("method_state", {}))
+        if not without_shortcuts:
+            self._refuse_shortcuts()
 
     @classmethod
-    def open(cls, path: Path) -> SavedWeights:
+    def open(cls, path: Path, without_shortcuts: bool = False) -> SavedWeights:
         """A checkpoint, or the newest one of a folder, with its hashes verified; ConfigError if it is damaged."""
-        return cls(Checkpoint.open(path))
+        return cls(Checkpoint.open(path), without_shortcuts)
+
+    def _refuse_shortcuts(self) -> None:
+        stored = {name.split("/", 1)[1].rsplit(".", 1)[0] for name in self._stored if ".shortcut." in name}
+        on = sorted(stored - self._left_out)
+        if on:
+            raise ConfigError(
+                f"the checkpoint {self.checkpoint.path.name} has shortcuts that a plain model cannot express",
+                f"{len(on)} on, such as {on[0]}",
+                "tools/convert_hf.py or tools/merge.py with --without-shortcuts, which gives another function",
+            )
 
     def model_config(self) -> ModelConfig:
         """The shape of the model that was trained. ConfigError if this version does not know a field of it."""

@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "length": (lambda at: [at / "theirs", "--tasks", at / "words", "--max-length", "2", "--output", at / "new"],
                "--max-length leaves no room"),
     "other settings": (settings_of_another, "was made with another epochs; got 30 now, 99 before"),
-    "no tokenizer": (without_tokenizer, "no Hugging Face tokenizer"),
+    "no tokenizer": (without_tokenizer, "bare has no tokenizer"),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalowrank.checkpoint.hf.convert import Export, to_hf
+from megalowrank.checkpoint.hf.tokenizer import FILES
 from megalowrank.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megalowrank.errors import ConfigError
 from megalowrank.parallel.groups import initialize_single_process
@@ -78,7 +79,8 @@ def load_ready(candidate: Candidate, temporary: Path, report: Callable[[str], No
 
 def tokenizer_of(folder: Path, name: str) -> HuggingFaceTokenizer:
     """The tokenizer in a folder of ``load_ready``; ConfigError if there is none."""
+    if not any(path for pattern in FILES for path in folder.glob(pattern)):
+        raise ConfigError(f"{name} has no tokenizer", None, "a model with its tokenizer's files")
     found = load_tokenizer(folder)
-    if not isinstance(found, HuggingFaceTokenizer):
-        raise ConfigError(f"{name} has no tokenizer", folder, "a model with its tokenizer's files")
+    assert isinstance(found, HuggingFaceTokenizer)
     return found

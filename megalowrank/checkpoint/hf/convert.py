@@ -50,6 +50,7 @@ class Export:
     dtype: str = "float32"
     tokenizer: str | None = None
     adapters: bool = False
+    without_shortcuts: bool = False
 
 
 def to_hf(checkpoint: Path, out: Path, export: Export, report: Report) -> float:
@@ -61,7 +62,7 @@ def to_hf(checkpoint: Path, out: Path, export: Export, report: Report) -> float:
     """
     if export.adapters:
         _require_peft()
-    saved = SavedWeights.open(checkpoint)
+    saved = SavedWeights.open(checkpoint, export.without_shortcuts)
     config, length = _completed(saved)
     if config.num_labels is not None and export.adapters:
         raise ConfigError("--adapters does not go with the head of a labelled task", "--adapters", "merged weights")

@@ -35,7 +35,8 @@ def write_model(
     """Write the model whose logical tensors ``read`` gives; returns how many files hold its weights.
 
     ``length`` is the longest sequence, ``tokens`` has ``bos_token_id`` and the like, ``labels`` are the names of the
-    classes of a labelled task. One file's tensors are in memory at a time. Raises ConfigError for a model that theirs cannot express and for a malformed size.
+    classes of a labelled task. One file's tensors are in memory at a time. Raises ConfigError for a model that theirs
+    cannot express and for a malformed size.
     """
     to_foreign(config, length, tokens, dtype, labels).save_pretrained(folder)
     if config.num_labels is None:

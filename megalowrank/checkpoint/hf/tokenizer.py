@@ -38,8 +38,8 @@ def write_tokenizer(
     """Write the tokenizer at ``source`` into ``folder``; returns it, and bos_token_id, eos_token_id, pad_token_id.
 
     ``length`` is the longest sequence of the model. ``padded``: where it has no padding token, the one that ends a
-    document, or the one for the unknown, becomes it, and padding is on the right. Raises ConfigError if it is no tokenizer, or if what was written
-    gives other ids than ``source``.
+    document, or the one for the unknown, becomes it, and padding is on the right. Raises ConfigError if it is no
+    tokenizer, or if what was written gives other ids than ``source``.
     """
     given = load_tokenizer(source)
     if isinstance(given, HuggingFaceTokenizer):

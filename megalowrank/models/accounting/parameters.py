@@ -8,6 +8,7 @@ from megalowrank.config import ModelConfig
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.shapes import all_projections, norm_vectors, tables
 from megalowrank.models.architecture import architecture
+from megalowrank.models.projections import shortcut_specs
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "output", "factors")
 
@@ -44,6 +45,8 @@ def count_parameters(config: ModelConfig, adapters: Adapters | None) -> Paramete
         if matrix.rank is not None:
             frozen, fixed = frozen + matrix.numel, fixed + matrix.fixed
             candidates += matrix.spare * (matrix.rows + matrix.columns)
+    width = 2 * (config.hidden_size or 0)
+    groups["factors"] += sum(spec.rank * width for spec in shortcut_specs(config, adapters).values())
     total = sum(groups.values())
     trainable = total - frozen - fixed
     if adapters is not None and adapters.frozen:

@@ -10,6 +10,7 @@ from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.shapes import Projection, all_projections, head_rows, norm_vectors
 from megalowrank.models.architecture import architecture
+from megalowrank.models.projections import shortcut_specs
 from megalowrank.parallel.partition import share
 
 _FACTORS = ("A", "B", "A_snapshot", "B_snapshot")
@@ -51,11 +52,16 @@ def rank_parts(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
     if first and shape.rotary_percent is None:
         positions = hidden * (config.max_position_embeddings or layout.seq_length)
         found.append(Part("position", "weight", positions, partial=layout.splits_sequence))
+    shortcuts = shortcut_specs(config, adapters)
     for number, (qkv, o, up, down) in inner.items():
         found += _norm(config, layout, f"layers.{number}.input_layernorm")
         found += [*_linear(o, layout, shape.biases), *_linear(qkv, layout, shape.biases)]
         found += _norm(config, layout, f"layers.{number}.pre_mlp_layernorm")
         found += [*_linear(up, layout, shape.biases), *_linear(down, layout, shape.biases)]
+        for module, spec in shortcuts.items():
+            if module.startswith(f"layers.{number}."):
+                size, partial = spec.rank * hidden, layout.splits_sequence
+                found += [Part(module, side, size, partial=partial) for side in ("A", "B")]
     if last:
         found += _norm(config, layout, "norm")
         found += [] if shape.tied_output else [_head(config, layout)]

@@ -145,9 +145,10 @@ def _pipeline(tally: Tally, config: ModelConfig, parts: Sequence[Part], stage: i
     if last == 0:
         return
     neighbours = (stage > 0) + (stage < last)
-    calls = layout.accumulation * neighbours
+    calls, states = layout.accumulation * neighbours, 2 if any(".shortcut." in part.module for part in parts) else 1
     for collective in ("send", "receive"):
-        tally.add("world", collective, calls * layout.own_tokens * (config.hidden_size or 0) * layout.low, calls)
+        state = layout.own_tokens * (config.hidden_size or 0) * layout.low
+        tally.add("world", collective, calls * states * state, calls)
     if architecture(config).tied_output and stage in (0, last):
         table = next(part.numel for part in parts if part.module == "embedding")
         if last == 1:
