@@ -65,11 +65,13 @@ SHAPE = (
 def train(out: Path, name: str, lr: str, seed: int, args: argparse.Namespace) -> Path:
     """One run, unless it is there; its folder."""
     folder = out / f"{name}_lr{lr}_seed{seed}"
-    if (folder / "done").exists():
+    checkpoints = folder / "checkpoints"
+    if (folder / "done").exists() and (checkpoints.exists() or not args.save):
         return folder
     command = [sys.executable, "pretrain_llama.py", *SHAPE.split(), *RUNS[name][0].split(), "--lr", lr]
     command += ["--seed", str(seed), "--train-iters", str(args.iters), "--output-dir", str(folder.absolute())]
     command += ["--data-path", args.data, "--tokenizer-model", f"{args.data}.model"]
+    command += ["--save", str(checkpoints.absolute()), "--load", "auto"] if args.save else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -153,14 +155,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iters", type=int, default=400, help="updates of 4096 tokens")
+    parser.add_argument("--rates", type=int, choices=(1, 2), default=2, help="learning rates tried of each method")
+    parser.add_argument("--save", action="store_true", help="keep a checkpoint of every run at its end")
     args = parser.parse_args()
     results, runs = {}, {}
     for name in args.methods:
-        rates = RUNS[name][1]
+        rates = RUNS[name][1][: args.rates]
         tried = {lr: train(args.out, name, lr, args.seeds[0], args) for lr in rates}
         best = min(tried, key=lambda lr: held_out(tried[lr]))
         folders = [train(args.out, name, best, seed, args) for seed in args.seeds]
-        results[name], runs[name] = {"lr": best, **summary(folders)}, folders
+        results[name], runs[name] = {"lr": best, "folder": str(folders[0]), **summary(folders)}, folders
     draw(runs, args.out / "held_out.png")
     text = table(results)
     (args.out / "table.md").write_text(text + "\n")

@@ -89,7 +89,7 @@ def check_program(program: str, flags: list[str]) -> None:
     config = parse(flags, CONFIGS, program)
     assert config.ds_config is not None and (ROOT / config.ds_config).is_file(), "--ds-config"
     apply_preset(config.model, 2000, config.train.seq_length, PROGRAMS[program])
-    assert config.data.data_path and config.train.lr
+    assert (config.data.data_path or config.data.labelled_data) and config.train.lr
 
 
 def check_launcher(name: str, options: list[str], script: list[str]) -> None:

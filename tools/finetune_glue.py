@@ -12,8 +12,10 @@ command goes on where it was killed. Prints the table, and writes table.md and r
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import os
 import random
 import sys
 import tempfile
@@ -44,15 +46,19 @@ class Comparison:
 
     def __init__(self, models: list[Candidate], tasks: list[LabelledData], recipe: Recipe, out: Path) -> None:
         self.models, self.tasks, self.recipe, self.out = models, tasks, recipe, out
+        self.settings: dict[Cell, dict[str, Any]] = {}  # what a finished cell must agree in
         self.done: dict[Cell, dict[str, Any]] = {}
         self.failed: list[str] = []
 
     def run(self, seeds: Sequence[int]) -> None:
         """Fine-tune what is missing; cells that fail are named in ``failed`` and the others go on."""
         pairs = [(model, task) for model in self.models for task in self.tasks]
+        weights = {model.name: model.fingerprint() for model in self.models}
         for model, task in pairs:
-            for cell in (Cell(model.name, task.name, seed) for seed in seeds):
-                if (found := read_cell(cell, self.out, self._settings(model, task))) is not None:
+            settings = {**asdict(self.recipe), "weights": weights[model.name], "examples": fingerprint(task)}
+            for seed in seeds:
+                self.settings[cell := Cell(model.name, task.name, seed)] = settings
+                if (found := read_cell(cell, self.out, settings)) is not None:
                     self.done[cell] = found
         print(f"{len(pairs) * len(seeds)} to fine-tune, {len(self.done)} of them finished before", flush=True)
         with tempfile.TemporaryDirectory() as temporary:
@@ -76,14 +82,9 @@ class Comparison:
                 self.failed.append(str(cell))
                 print(f"{cell}: {error}", flush=True)
                 continue
-            write_cell(cell, self.out, self._settings(model, task), self.done[cell])
+            write_cell(cell, self.out, self.settings[cell], self.done[cell])
             last = next(iter(self.done[cell].values()))[-1]
             print(f"{cell}: " + ", ".join(f"{name} {value:.4f}" for name, value in last.items()), flush=True)
-
-    def _settings(self, model: Candidate, task: LabelledData) -> dict[str, Any]:
-        """What a finished cell must agree in."""
-        sizes = {name: len(rows) for name, rows in task.validation.items()}
-        return {**asdict(self.recipe), "checkpoint": str(model.path), "examples": [len(task.train), sizes]}
 
     def write(self) -> str:
         """Write table.md and results.json; returns the table."""
@@ -95,6 +96,11 @@ class Comparison:
             self.out / "results.json", (json.dumps({"recipe": recipe, "results": records}, indent=1) + "\n").encode()
         )
         return text
+
+
+def fingerprint(task: LabelledData) -> str:
+    """SHA-256 of all examples that count."""
+    return hashlib.sha256(repr((task.labels, task.train, task.validation)).encode()).hexdigest()
 
 
 def load_tasks(names: Sequence[str], count: int | None) -> list[LabelledData]:
@@ -141,6 +147,7 @@ def main() -> None:
     recipe.check()
     if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError("--seeds names one twice", " ".join(map(str, args.seeds)))
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the trainer would multiply the batch by the devices it sees
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it says that every head is new
     models = candidates(args.checkpoints)

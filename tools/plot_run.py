@@ -1,4 +1,4 @@
-"""Draw what a run did (loss, schedule, switches, modules that were on, change of its weights), or several runs over each other."""
+"""Draw what a run did (loss, schedule, switches, modules, change of its weights), or several runs over each other."""
 
 from __future__ import annotations
 

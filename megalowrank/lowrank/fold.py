@@ -178,7 +178,6 @@ class FoldedWeight(FrozenTensor):
         _overwrite(target, residual, inside)
 
 
-
 class ImplicitWeight(FoldedWeight):
     """A W [d, d] that is nowhere stored, the identity or 0 that a shortcut adds to: probed, never folded into.
 

@@ -91,9 +91,7 @@ class Context:
         self.engine.end_evaluation()
         return float(self.state.mean_over_data_ranks(total))
 
-    def probe(
-        self, weights: Sequence[Probed], take: Take, micro_batches: Sequence[torch.Tensor] | None = None
-    ) -> int:
+    def probe(self, weights: Sequence[Probed], take: Take, micro_batches: Sequence[torch.Tensor] | None = None) -> int:
         """Full gradients of the coming update, as if its batch were trained on with what is there now.
 
         Every rank calls it alike. Leaves no trace; ``take(i, gradient)`` gets that of ``weights[i]``, this rank's part

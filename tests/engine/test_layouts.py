@@ -65,6 +65,9 @@ def special() -> Iterator[dict[str, Any]]:
     for layout in ("tp2 sp", "pp2"):
         flags = {"projector": "randomized", "probe_passes": 2}
         yield {"method": "golore", "family": "neox", "layout": layout, "flags": flags}
+    for mode, layout in (("separated", "tp2 sp"), ("combined", "pp2"), ("combined", "pp2 tp2 sp"), ("combined", "dp2")):
+        flags = {"hetero_shortcuts": mode, "hetero_score": "synflow"}
+        yield {"method": "heterolora", "family": "gpt2", "layout": layout, "flags": flags}
     yield {"method": "switchlora", "family": "opt", "layout": "pp2"}
 
 

@@ -18,11 +18,16 @@ from transformers import (
 
 from megalowrank.config import ModelConfig
 from megalowrank.methods.full_rank import FullRank, FullRankConfig
+from megalowrank.models.accounting.activations import kept_by_micro_batch
+from megalowrank.models.accounting.layout import Layout
+from megalowrank.models.accounting.parameters import count_parameters
+from megalowrank.models.accounting.parts import rank_parts
 from megalowrank.models.architecture import FAMILIES, completed
 from megalowrank.models.build import BuiltModel, build_model
 from megalowrank.models.task_head import task_loss
 from megalowrank.parallel.groups import initialize_single_process
 from tests.models.hugging_face import FACTORIES, effective_weights, logical, theirs
+from tests.models.kept import Kept
 from tests.models.test_gpt import CONFIGS, LENGTH, WORDS, disturb
 
 THEIRS = {
@@ -108,3 +113,20 @@ def test_padding_changes_nothing() -> None:
     model.module(batch(3))
     assert head.kept[0].shape == (5, 3)
     assert float(task_loss(head.kept[0], batch(3)[:, -1])) == losses.pop()
+
+
+@pytest.mark.parametrize("family", THEIRS)
+def test_what_is_planned_of_it_is_what_there_is(family: str) -> None:
+    """Parameters of the model, and the bytes that a forward pass keeps, in float32."""
+    config = labelled(family, 3)
+    model = build_model(config, FullRank(FullRankConfig()), length=LENGTH, seed=1)
+    layout = Layout(None, False, micro_batch=5, seq_length=LENGTH, accelerator=False)
+    parameters = list(model.module.parameters())
+    held = sum(parameter.numel() for parameter in parameters)
+    assert held == sum(part.numel for part in rank_parts(config, None, layout)) == count_parameters(config, None).total
+    angles = [] if model.module.angles is None else [model.module.angles]
+    model.module.train()
+    with Kept([*parameters, *angles]) as kept:
+        model.module(batch(3))
+    expected = kept_by_micro_batch(config, None, layout)
+    assert kept.nbytes == pytest.approx(expected.most(1, False), rel=0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from megalowrank.checkpoint.hf.convert import Export, to_hf
@@ -92,6 +94,27 @@ def test_a_checkpoint_and_its_export_learn_the_same(
     assert len(first) == 6 and first != other, "seeds differ"
     assert theirs["best"]["values"][0] == max(line["accuracy"] for line in first)
     assert "| ours | 1.0000 ± 0.0000 (2) |" in (out / "table.md").read_text()
+
+
+def test_values_and_several_validation_sets(
+    tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A regression on as few examples as asked for; each set has a column of its own."""
+    (folder / "values").mkdir()
+    for name, chosen in (("train", TEXTS[:32]), ("validation_one", TEXTS[30:]), ("validation_two", TEXTS[20:30])):
+        rows = [{"text": text, "label": number % 2 + 0.5} for number, text in enumerate(chosen)]
+        (folder / "values" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[int] = []
+    right = tool.finetune
+    monkeypatch.setattr(tool, "finetune", lambda *args: seen.append(len(args[2].train)) or right(*args))
+    words = [folder / "theirs", "--tasks", folder / "values", "--output", folder / "reg", "--train-examples", "16"]
+    assert run(tool, monkeypatch, *words, *FLAGS.split(), "1") == 0 and seen == [16]
+    measures = "values pearson | values spearman | values validation_two pearson | values validation_two spearman"
+    assert f"| model | {measures} |" in capsys.readouterr().out
+    records = json.loads((folder / "reg" / "results.json").read_text())["results"]
+    found = {(record["task"], record["measure"]): record["last"]["mean"] for record in records}
+    assert min(found["values", "pearson"], found["values validation_two", "pearson"]) > 0.8
+    assert found["values", "loss"] < 0.2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "opt"])
@@ -183,7 +206,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "seeds": (lambda at: [at / "ours", "--tasks", at / "words", "--seeds", "1", "1"], "--seeds names one twice"),
     "length": (lambda at: [at / "theirs", "--tasks", at / "words", "--max-length", "2", "--output", at / "new"],
                "--max-length leaves no room"),
-    "other settings": (settings_of_another, "was made with another epochs; got 30 now, 99 before"),
+    "other settings": (settings_of_another, "was made with other epochs; got 30 now, 99 before"),
     "no tokenizer": (without_tokenizer, "bare has no tokenizer"),
 }  # fmt: skip
 
@@ -212,8 +235,13 @@ def test_one_that_diverges_does_not_end_the_others(
         return {"validation": [{"accuracy": args[-1] / 10}]}
 
     monkeypatch.setattr(tool, "finetune", finetune)
-    words = [folder / "theirs", "--tasks", folder / "words", "--output", folder / "some", "--seeds", "1", "2", "3"]
+    model = folder / "copy"
+    shutil.copytree(folder / "theirs", model)
+    words = [f"theirs={model}", "--tasks", folder / "words", "--output", folder / "some", "--seeds", "1", "2", "3"]
     assert run(tool, monkeypatch, *words) == 1
     said = capsys.readouterr()
     assert "| theirs | 0.2000 ± 0.1414 (2) |" in said.out and "1 diverged" in said.err and "seed 2" in said.err
     assert sorted(path.name[-6] for path in (folder / "some" / "cells").iterdir()) == ["1", "3"]
+    file = model / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert run(tool, monkeypatch, *words) == 2 and "was made with other weights" in capsys.readouterr().err

@@ -66,7 +66,8 @@ MORE = pytest.mark.every_cell
 
 
 @pytest.mark.parametrize(
-    ("zero", "ranks"), [pytest.param(0, 1, marks=MORE), pytest.param(1, 2, marks=MORE), (2, 1), pytest.param(3, 2, marks=MORE)]
+    ("zero", "ranks"),
+    [pytest.param(0, 1, marks=MORE), pytest.param(1, 2, marks=MORE), (2, 1), pytest.param(3, 2, marks=MORE)],
 )
 def test_reference_trace(zero: int, ranks: int) -> None:
     check(TRACE, "--zero", str(zero), "--ranks", str(ranks))

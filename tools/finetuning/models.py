@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalowrank.checkpoint.folder import sha256
 from megalowrank.checkpoint.hf.convert import Export, to_hf
+from megalowrank.checkpoint.hf.folder import safetensors_files
 from megalowrank.checkpoint.hf.tokenizer import FILES
+from megalowrank.checkpoint.io import Checkpoint
 from megalowrank.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megalowrank.errors import ConfigError
 from megalowrank.parallel.groups import initialize_single_process
@@ -28,6 +31,14 @@ class Candidate:
     def is_foreign(self) -> bool:
         """Whether transformers can load it as it is."""
         return (self.path / _CONFIG).is_file()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights, by the files that hold them; ConfigError if there are none."""
+        if self.is_foreign:
+            files = safetensors_files(self.path, "model")
+        else:
+            files = [Checkpoint.open(self.path, verify=False).path / "manifest.json"]
+        return " ".join(sha256(file) for file in files)
 
 
 def candidates(given: Sequence[str]) -> list[Candidate]:

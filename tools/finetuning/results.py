@@ -51,7 +51,7 @@ def read_cell(cell: Cell, out: Path, settings: dict[str, Any]) -> dict[str, Any]
     for name, value in settings.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{path} was made with another {name}", f"{value} now, {before.get(name)} before", "another --output"
+                f"{path} was made with other {name}", f"{value} now, {before.get(name)} before", "another --output"
             )
     return found["epochs"]
 

@@ -61,7 +61,10 @@ def measures(data: LabelledData) -> str:
 
 
 def finetune(folder: Path, data: LabelledData, rows: Rows, recipe: Recipe, seed: int) -> Epochs:
-    """The measures after every epoch, and the loss, by validation set; TrainingError if the model ceases to give numbers."""
+    """The measures and the loss after every epoch, by validation set.
+
+    Raises TrainingError if the model ceases to give numbers.
+    """
     set_seed(seed)
     model = load_classifier(folder, data, rows.padding)
     several = len(rows.validation) > 1

@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face model holds which of our logical tensors, and in what order of elements.
 
 GPT-2 keeps the weights of its blocks transposed, with Q, K and V as blocks; GPT-NeoX has Q, K and V of a head side by
-side. OPT's table of positions begins with rows that are read where a text is padded. Pure functions of a completed ``ModelConfig``.
+side. OPT's table of positions begins with rows that are read where a text is padded. Pure functions of a completed
+``ModelConfig``.
 """
 
 from __future__ import annotations

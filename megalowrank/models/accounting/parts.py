@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megalowrank.config import ModelConfig
+from megalowrank.lowrank.factors import LowRankSpec
 from megalowrank.methods.base import Adapters
 from megalowrank.models.accounting.layout import Layout, stage_blocks
 from megalowrank.models.accounting.shapes import Projection, all_projections, head_rows, norm_vectors
@@ -58,16 +59,21 @@ def rank_parts(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
         found += [*_linear(o, layout, shape.biases), *_linear(qkv, layout, shape.biases)]
         found += _norm(config, layout, f"layers.{number}.pre_mlp_layernorm")
         found += [*_linear(up, layout, shape.biases), *_linear(down, layout, shape.biases)]
-        for module, spec in shortcuts.items():
-            if module.startswith(f"layers.{number}."):
-                size, partial = spec.rank * hidden, layout.splits_sequence
-                found += [Part(module, side, size, partial=partial) for side in ("A", "B")]
+        own = {name: spec for name, spec in shortcuts.items() if name.startswith(f"layers.{number}.")}
+        found += _shortcuts(own, hidden, layout)
     if last:
         found += _norm(config, layout, "norm")
         found += [] if shape.tied_output else [_head(config, layout)]
     if adapters is not None and adapters.frozen:
         return [part if part.name in _FACTORS else replace(part, trained=False) for part in found]
     return found
+
+
+def _shortcuts(specs: Mapping[str, LowRankSpec], hidden: int, layout: Layout) -> Iterator[Part]:
+    """A and Bᵀ, whole on every rank."""
+    for module, spec in specs.items():
+        for side in "AB":
+            yield Part(module, side, spec.rank * hidden, partial=layout.splits_sequence)
 
 
 def _head(config: ModelConfig, layout: Layout) -> Part:
