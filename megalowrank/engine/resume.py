@@ -124,6 +124,10 @@ class RunState:
                         self.run[section].get(key),
                         saved[section].get(key),
                     )
+        classes, before = (list(run.get("labels") or ()) for run in (self.run, saved))
+        if classes != before:
+            got, allowed = (", ".join(names)[:100] or "none" for names in (classes, before))
+            raise ConfigError(f"--labelled-data has other classes than the checkpoint {name}", got, allowed)
 
 
 def united(state: dict[str, Any], group: Any) -> dict[str, Any]:

@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "switchlora": {"lora_rank": 4},
     "relora": {"lora_rank": 6, "lora_alpha": 2.0},
     "galore": {"lora_rank": 5},
+    "heterolora": {"lora_rank": 5},
 }
 
 
@@ -52,7 +53,13 @@ def tokens(rows: int = 3) -> torch.Tensor:
 
 
 def save_model(
-    config: ModelConfig, method: str, folder: Path, low: bool = False, tokenizer: str | None = None, **flags: Any
+    config: ModelConfig,
+    method: str,
+    folder: Path,
+    low: bool = False,
+    tokenizer: str | None = None,
+    state_of_method: dict[str, Any] | None = None,
+    **flags: Any,
 ) -> BuiltModel:
     """Write a checkpoint; the model returned has the W that stands in it, residuals joined."""
     kind = method_class(method)
@@ -62,7 +69,7 @@ def save_model(
     _disturb(model)
     run = new_run(config, LENGTH, tokenizer, method, asdict(settings))
     run["train"]["global_batch_size"] = BATCH
-    state = {"attempts": STEP, "updates": STEP, "method_state": {}, "run": run}
+    state = {"attempts": STEP, "updates": STEP, "method_state": state_of_method or {}, "run": run}
     save_checkpoint(folder, STEP, _pieces(model, low), state, SoloRanks())
     for folded in folded_weights(model.layers):
         if folded.residual is not None:

@@ -55,6 +55,30 @@ CASES = [
 ]
 
 
+TABLE = """granularity = "layer"
+[layers.0.q]
+rank = 2
+[layers.0.k]
+enabled = false
+[layers.1.v]
+rank = 3
+alpha = 1.5
+[layers.1.up]
+enabled = false
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_every_matrix_has_its_rank_and_scale_in_the_adapter(name: str, tmp_path: Path) -> None:
+    """Where Q, K and V are one module too, of which K has no factors."""
+    model = save_model(CONFIGS[name], "lora", tmp_path / "run", lora_config=TABLE)
+    to_hf(tmp_path / "run", tmp_path / "out", ADAPTERS, quiet)
+    expected = hugging_face(CONFIGS[name], model, torch.float32)(tokens()).logits
+    assert len({(layer.rank, layer.scale) for layer in model.layers}) == 3
+    assert (adapted_logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter") - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(("name", "method", "low", "flags"), CASES, ids=lambda v: v if isinstance(v, str) else "")
 @torch.no_grad()
 def test_peft_computes_the_trained_model(

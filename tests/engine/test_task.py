@@ -17,7 +17,9 @@ from megalowrank.config import ModelConfig
 from megalowrank.data.labelled import load_labelled
 from megalowrank.data.tokenizers import load_tokenizer
 from megalowrank.engine.evaluation import TaskMeasures
+from megalowrank.engine.resume import RunState
 from megalowrank.engine.task import Task
+from megalowrank.errors import ConfigError
 from megalowrank.methods.full_rank import FullRank, FullRankConfig
 from megalowrank.models.architecture import FAMILIES, completed
 from megalowrank.models.build import build_model
@@ -165,6 +167,16 @@ def test_the_head_of_the_same_task_is_read(alone: tuple[dict[str, Records], Path
     assert not saved.leave_heads(("bad", "good"))
     assert torch.equal(saved.initial("score.weight", (2, 32)), saved.read("score.weight", (2, 32)))
     assert saved.leave_heads(("good", "bad")) and saved.initial("score.weight", (2, 32)) is None
+
+
+def test_a_run_is_resumed_with_the_classes_it_had() -> None:
+    method = FullRank(FullRankConfig())
+    run = {"model": {}, "train": {}, "method_config": {}, "labels": ("bad", "good")}
+    state = RunState(None, method, None, None, run)  # type: ignore[arg-type]
+    state._compare({**run, "labels": ["bad", "good"]}, "step_1")
+    for labels in (["good", "bad"], None):
+        with pytest.raises(ConfigError, match="other classes than the checkpoint step_1; got bad, good"):
+            state._compare({**run, "labels": labels}, "step_1")
 
 
 def test_an_evaluation_follows_the_last_example_of_every_epoch() -> None:

@@ -107,6 +107,17 @@ def test_golore(tmp_path: Path) -> None:
     check(cases, 2, tmp_path)
 
 
+def test_labelled_tasks(tmp_path: Path) -> None:
+    """The head is whole on every rank; where the sequence is split, its logits are added up."""
+    cases: list[Case] = [
+        {"family": "llama, task", **LORA, "zero": {"stage": 2}, "accumulation": 2},
+        {"family": "gpt2, task", **FULL, "zero": {"stage": 0}, "tensor": 2},
+        {"family": "llama, task", **LORA, "zero": {"stage": 0}, "tensor": 2, "sequence": True, "accumulation": 2},
+        {"family": "gpt2, task", **FULL, "zero": {"stage": 1}, "pipe": 2, "accumulation": 2},
+    ]
+    check(cases, 2, tmp_path)
+
+
 REFRESHED = ("data: reduce", "data: all-reduce", "tensor: reduce")
 
 

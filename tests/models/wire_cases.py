@@ -35,6 +35,8 @@ FAMILIES = {
     "gpt2": apply_preset(replace(SMALL, model_family="gpt2", max_position_embeddings=20), None),
     "neox": apply_preset(replace(SMALL, model_family="neox", ffn_hidden_size=27, rotary_percent=0.5), None),
 }
+FAMILIES["llama, task"] = apply_preset(replace(FAMILIES["llama"], num_labels=3), None)
+FAMILIES["gpt2, task"] = apply_preset(replace(FAMILIES["gpt2"], num_labels=1), None)
 
 
 def method_of(case: dict[str, Any]) -> Method:
@@ -63,7 +65,7 @@ def built(case: dict[str, Any], method: Method, groups: Groups) -> BuiltModel:
         groups.wire(), blocks, groups.pipe_rank == 0, groups.pipe_rank == groups.pipe_size - 1,
         {name: schedule == "ride" for name, schedule in case.get("schedules", {}).items()},
     )  # fmt: skip
-    builder = build_llama if case["family"] == "llama" else build_gpt
+    builder = build_llama if case["family"].startswith("llama") else build_gpt
     return builder(
         config, method, length=length_of(case), seed=3, recompute=recompute,
         forward_dtype=torch.bfloat16 if train.bf16 else torch.float32, place=place,
@@ -82,21 +84,30 @@ def deepspeed_config(case: dict[str, Any], groups: Groups) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def rows_of(labelled: bool, length: int, source: torch.Generator) -> torch.Tensor:
+    """A micro-batch of text, or of a task: its last two columns are lengths and labels."""
+    if not labelled:
+        return torch.randint(0, 31, (ROWS, length + 1), generator=source)
+    rows = torch.randint(0, 31, (ROWS, length + 2), generator=source)
+    rows[:, -2], rows[:, -1] = torch.tensor([1, length, length // 2]), torch.tensor([0, 2, 1])
+    return rows
+
+
 def kept_bytes(model: BuiltModel, length: int) -> int:
     """What autograd keeps of one micro-batch of this stage, in float32."""
     part, known = model.module, [*model.module.parameters()]
     known += [] if part.angles is None else [part.angles]
-    tokens = torch.randint(0, 31, (ROWS, length + 1), generator=torch.Generator().manual_seed(0))
+    tokens, labels = part.parted(rows_of(part.labelled, length, torch.Generator().manual_seed(0)))
     part.train()
     with Kept(known) as kept:
         if part.place.begins:
-            hidden = part.embed(tokens[:, :-1])
+            hidden = part.embed(tokens)
         else:
             own = length // part.wire.size if part.wire.sequence else length
             hidden = torch.randn(own, ROWS, 16, requires_grad=True)
         hidden = part.run_blocks(hidden)
         if part.place.ends:
-            hidden = part.loss(part.head(hidden), tokens[:, 1:])
+            hidden = part.loss(part.head(hidden), labels)
     return kept.nbytes
 
 
@@ -144,7 +155,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     method = method_of(case)
     model = built(case, method, groups)
     kept, vocabulary = kept_bytes(model, length_of(case)), model.module.vocabulary
-    mask = vocabulary.padded if model.module.place.ends and vocabulary.real < vocabulary.padded else 0
+    padded = vocabulary.real < vocabulary.padded and not model.module.labelled
+    mask = vocabulary.padded if model.module.place.ends and padded else 0
     settings = deepspeed_config(case, groups)
     engine = make_engine(model, FAMILIES[case["family"]], train_of(case), settings, groups)
     ctx = Context(
@@ -153,9 +165,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     method.start(ctx)
     sizes = watch_buckets(engine)
     source = torch.Generator().manual_seed(groups.data_rank)
-    batches = [
-        torch.randint(0, 31, (ROWS, length_of(case) + 1), generator=source) for _ in range(case.get("accumulation", 1))
-    ]
+    count, labelled = case.get("accumulation", 1), model.module.labelled
+    batches = [rows_of(labelled, length_of(case), source) for _ in range(count)]
     ctx.micro_batches = batches
     flops = counted_flops(lambda: engine.train_step(batches, 1e-3))
     refresh = Traffic(groups.labels())

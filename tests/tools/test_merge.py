@@ -13,6 +13,7 @@ import torch
 from megalowrank.checkpoint.plain import load_plain
 from megalowrank.checkpoint.weights import SavedWeights
 from megalowrank.errors import ConfigError, TrainingError
+from megalowrank.models.projections import SHORTCUTS
 from megalowrank.parallel.groups import initialize_single_process
 from tests.checkpoint.saved_models import CONFIGS, METHODS, STEP, save_model, tokens
 from tests.models.hugging_face import hugging_face
@@ -49,6 +50,34 @@ def test_it_computes_what_was_trained(
     run(monkeypatch, tmp_path / "out", tmp_path / "again")
     files = [sorted((tmp_path / name / f"step_{STEP:08d}").iterdir()) for name in ("out", "again")]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+@torch.no_grad()
+def test_what_is_off_is_left_out_and_shortcuts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = ["layers.0.attention.q", "layers.1.mlp.down"]
+    model = save_model(CONFIGS["llama"], "heterolora", tmp_path / "run", state_of_method={"off": dict.fromkeys(off, 3)})
+    run(monkeypatch, tmp_path / "run", tmp_path / "out")
+    for layer in model.layers:
+        if layer.name in off:
+            layer.Bt.data.zero_()
+    expected = hugging_face(CONFIGS["llama"], model, torch.float32)(tokens()).logits
+    found = load_plain(SavedWeights.open(tmp_path / "out")).module.logits(tokens()).transpose(0, 1)
+    assert (found - expected).abs().max() < 1e-4
+
+    flags = {"hetero_shortcuts": "combined"}
+    model = save_model(CONFIGS["llama"], "heterolora", tmp_path / "short", **flags)
+    with pytest.raises(
+        ConfigError, match=r"shortcuts.*7 on, such as layers\.0\.shortcut\.cross_in.*--without-shortcuts"
+    ):
+        run(monkeypatch, tmp_path / "short", tmp_path / "without")
+    run(monkeypatch, tmp_path / "short", tmp_path / "without", "--without-shortcuts")
+    model.layers[:] = [layer for layer in model.layers if not layer.is_shortcut]
+    expected = hugging_face(CONFIGS["llama"], model, torch.float32)(tokens()).logits
+    found = load_plain(SavedWeights.open(tmp_path / "without")).module.logits(tokens()).transpose(0, 1)
+    assert (found - expected).abs().max() < 1e-4
+    all_off = {"off": dict.fromkeys((f"layers.{n}.shortcut.{k}" for n in (0, 1) for k in SHORTCUTS), 1)}
+    save_model(CONFIGS["llama"], "heterolora", tmp_path / "none", state_of_method=all_off, **flags)
+    run(monkeypatch, tmp_path / "none", tmp_path / "plain")
 
 
 def test_what_exists_or_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def _attention(config: ModelConfig, layout: Layout, qkv: Projection) -> int:
 
 def _begin(config: ModelConfig, layout: Layout) -> int:
     """What the word embedding, and learned positions, keep."""
-    tokens = INTEGER * layout.micro_batch * (layout.seq_length + 1)
+    tokens = INTEGER * layout.micro_batch * (layout.seq_length + (1 if config.num_labels is None else 2))
     if layout.tensor_size > 1:
         tokens = (INTEGER + 1) * layout.tokens
     learned = architecture(config).rotary_percent is None
@@ -161,7 +161,19 @@ def _begin(config: ModelConfig, layout: Layout) -> int:
 
 def _end(config: ModelConfig, layout: Layout) -> int:
     """What the last norm, the head and the loss keep; a rank with padding in its vocabulary keeps a mask of it too."""
-    outputs = head_rows(config, layout.tensor_size)
     head = _norm(config, layout) + layout.own_tokens * (config.hidden_size or 0) * layout.low
-    samples = layout.tokens if config.num_labels is None else layout.micro_batch
-    return head + samples * (FLOAT * outputs + INTEGER + 1)
+    if config.num_labels is not None:
+        return head + _task_loss(config.num_labels, layout)
+    return head + layout.tokens * (FLOAT * head_rows(config, layout.tensor_size) + INTEGER + 1)
+
+
+def _task_loss(outputs: int, layout: Layout) -> int:
+    """Where the last tokens are; then value and target, or probabilities, their sum, and labels if no tokens are kept.
+
+    Labels are columns of the rows that hold the tokens, but for later stages, which get lengths and labels alone.
+    """
+    places = layout.micro_batch * (2 * INTEGER + layout.splits_sequence)
+    if outputs == 1:
+        return places + layout.micro_batch * 2 * FLOAT
+    columns = 2 if layout.pipe_size > 1 else layout.seq_length + 2 if layout.tensor_size > 1 else 0
+    return places + FLOAT + layout.micro_batch * (outputs * FLOAT + columns * INTEGER)

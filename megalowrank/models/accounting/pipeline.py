@@ -52,7 +52,9 @@ def rank_flops(config: ModelConfig, adapters: Adapters | None, layout: Layout, s
     width = (config.hidden_size or 0) // layout.tensor_size
     per_token += len(blocks) * (3 + again) * 2.0 * layout.seq_length * width
     if stage == layout.pipe_size - 1:
-        per_token += 6.0 * head_rows(config, layout.tensor_size) * (config.hidden_size or 0)
+        whole = config.num_labels is not None and layout.splits_sequence
+        share_of_tokens = layout.tensor_size if whole else 1
+        per_token += 6.0 * head_rows(config, layout.tensor_size) * (config.hidden_size or 0) / share_of_tokens
     return tokens * per_token
 
 
