@@ -19,6 +19,7 @@ from megalowrank.methods import METHODS
 from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES
 from megalowrank.models.presets import apply_preset
 from tests.harness import ROOT
+from tools import search_rank
 
 PROGRAMS = {"pretrain_llama.py": LLAMA_FAMILIES, "pretrain_gpt.py": GPT_FAMILIES}
 STARTERS = ("python", "python3", "deepspeed", "torchrun", "srun", "make")
@@ -106,6 +107,10 @@ def check_script(words: list[str]) -> None:
     """A tool or benchmark: it is there, starts, and has all these flags."""
     script, *flags = words
     assert (ROOT / script).is_file(), script
+    if script == "tools/search_rank.py":
+        known, rest = search_rank.parser().parse_known_args(flags)
+        check_program(known.program, [*rest, "--method", "heterolora"])
+        return
     known = help_of(script)
     for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
         assert re.search(rf"{re.escape(flag)}\b", known), f"{script} has no {flag}"

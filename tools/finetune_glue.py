@@ -33,7 +33,6 @@ from finetuning.results import Cell, markdown, read_cell, summary, write_cell
 from finetuning.rows import encode_task
 from finetuning.train import Recipe, finetune, positions
 
-import megalowrank.quiet  # noqa: F401 - first: it sets filters before the libraries are imported
 from megalowrank.data.files import write_whole
 from megalowrank.data.labelled import LabelledData, load_labelled
 from megalowrank.errors import ConfigError, TrainingError, run_main

@@ -8,7 +8,7 @@ Deviations: from the public implementation, as far as it is known
 - ALPHA-TEST's metric is the perplexity of the task's loss, for classification too; the batches are training batches.
 - SNIP, SYNFLOW and ALPHA-TEST are refused without a warm-up: while B is 0 they are 0 for every module.
 - A module that is switched on again goes on with the momentum it had, as there; its Adam clock stood still meanwhile.
-- A shortcut's identity is added, not multiplied.
+- A shortcut's identity is added, not multiplied. Embeddings, norms and heads are trained, as with every method here.
 - Memory is that of all modules; what is off costs neither products nor updates, but its gradients travel as zeros.
 
 At update t with t >= warm-up and (t - warm-up) divisible by the interval: all modules on; a score for each; the best

@@ -70,6 +70,9 @@ def alone(tasks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> t
     launch = Launch(tmp_path_factory.mktemp("alone"), tasks)
     launch.add("full", f"{FULL} --epochs 4 --save {launch.folder / 'saved'} --save-interval 10")
     launch.add("rest", f"{FULL} --epochs 4 --load {launch.folder / 'saved' / 'step_00000010'}")
+    start = f"--finetune --load {launch.folder / 'saved'} --lr 1e-30 --train-iters 1"
+    launch.add("started", f"--method lora --lora-rank 4 {start}")
+    launch.add("other", f"{FULL} {start}", task="values")
     launch.add("gpt", f"{GPT} --train-iters 16 --eval-interval 0", task="values")
     return launch.run(1), launch.folder
 
@@ -167,6 +170,14 @@ def test_the_head_of_the_same_task_is_read(alone: tuple[dict[str, Records], Path
     assert not saved.leave_heads(("bad", "good"))
     assert torch.equal(saved.initial("score.weight", (2, 32)), saved.read("score.weight", (2, 32)))
     assert saved.leave_heads(("good", "bad")) and saved.initial("score.weight", (2, 32)) is None
+
+
+def test_a_new_run_starts_from_the_weights_of_another(alone: tuple[dict[str, Records], Path]) -> None:
+    """On the same labels with its head, on others with a new one."""
+    records, _ = alone
+    expected, started = evaluations(records["full"])[-1], evaluations(records["started"])[-1]
+    assert {**started, "step": expected["step"]} == pytest.approx(expected, rel=1e-4)
+    assert {"eval_pearson", "eval_loss"} <= evaluations(records["other"])[-1].keys()
 
 
 def test_a_run_is_resumed_with_the_classes_it_had() -> None:
