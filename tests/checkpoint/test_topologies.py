@@ -34,6 +34,8 @@ def cases() -> Iterator[dict[str, Any]]:
             yield {"method": method, "family": family, "layout": layout, "then": then}
     for method, pair in (("switchlora", ("tp2 dp2 zero2", "pp2 tp2")), ("relora", ("dp2 zero3", "pp2 tp2 sp"))):
         yield {"method": method, "family": "llama", "layout": pair[0], "then": pair[1], "bf16": True}
+    shortcuts = {"hetero_shortcuts": "combined", "hetero_score": "snip"}
+    yield {"method": "heterolora", "family": "gpt2", "layout": "pp2", "then": "tp2 dp2 zero3", "flags": shortcuts}
 
 
 CASES = [{**case, "folder": f"case_{number}"} for number, case in enumerate(cases())]
@@ -42,6 +44,8 @@ CASES = [{**case, "folder": f"case_{number}"} for number, case in enumerate(case
 def core(case: dict[str, Any]) -> bool:
     """Whether a case always runs."""
     m, pair = list(METHODS).index(case["method"]), PAIRS.index((case["layout"], case["then"]))
+    if "flags" in case:
+        return True
     return case["method"] == "switchlora" if "bf16" in case else pair % 2 == 0 and (pair // 2 + m) % 6 == 0
 
 

@@ -47,7 +47,7 @@ def state_of(run: Divided, case: dict[str, Any]) -> RunState:
 
 
 def name_of(case: dict[str, Any]) -> str:
-    kind = ", bf16" if case.get("bf16") else ""
+    kind = "".join(f", {key}" for key in ("bf16", "flags") if case.get(key))
     return f"{case['method']}, {case['layout']} to {case['then']}, {case['family']}{kind}"
 
 
