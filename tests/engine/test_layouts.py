@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(2400)
 
 TABLE = ("tp2", "tp2 sp", "tp4", "pp2", "pp2 tp2", "pp2 dp2", "tp2 dp2 zero1", "tp2 dp2 zero2", "tp2 dp2 zero3")
 EXACT = ("tp2", "tp2 sp", "tp4", "tp4 sp")
+RANKS = "granularity='layer'\n[layers.0.q]\nenabled=false\n[layers.1.up]\nrank=2\n[layers.0.o]\nenabled=false\n"
 Report = dict[str, Any]
 
 
@@ -65,6 +66,8 @@ def special() -> Iterator[dict[str, Any]]:
     for layout in ("tp2 sp", "pp2"):
         flags = {"projector": "randomized", "probe_passes": 2}
         yield {"method": "golore", "family": "neox", "layout": layout, "flags": flags}
+    for method, layout in (("switchlora", "tp2 sp"), ("golore", "pp2")):
+        yield {"method": method, "family": "gpt2", "layout": layout, "flags": {"lora_config": RANKS}}
     for mode, layout in (("separated", "tp2 sp"), ("combined", "pp2"), ("combined", "pp2 tp2 sp"), ("combined", "dp2")):
         flags = {"hetero_shortcuts": mode, "hetero_score": "synflow"}
         yield {"method": "heterolora", "family": "gpt2", "layout": layout, "flags": flags}
