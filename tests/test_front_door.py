@@ -40,7 +40,7 @@ from tests.front_door_cases import (
     succeed,
     training,
 )
-from tests.harness import ROOT, run_ranks
+from tests.harness import ROOT, run_program, run_ranks
 
 PROMISED = {
     "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time_ms", "method_time_ms",
@@ -176,7 +176,7 @@ def resumed(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -
 
     def run(output: Path, *more: str) -> str:
         words = ["--save", str(output), "--save-interval", "4", "--load", "auto", *more]
-        return succeed(plain(*flags_of(tiny_corpus, "zero1"), *words))
+        return run_program([PROGRAM, *flags_of(tiny_corpus, "zero1"), *words])
 
     run(whole)
     run(pieces, "--exit-interval", "5")

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import BIN, ITERS, MODEL, PROGRAM, TRAIN, plain, records, refusals, succeed, training
+from tests.front_door_cases import ITERS, MODEL, PROGRAM, TRAIN, records, refusals, training
+from tests.harness import run_program
 
 LTE = "--method lte --lora-rank 4 --lora-alpha 8 --lte-merge-interval 3 --clip-grad 0"
 
 
 def launch(ranks: int, words: str, corpus: TinyCorpus, *more: str) -> str:
     """The output of a run on this many ranks."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    return succeed([*launcher, PROGRAM, *words.split(), *corpus.flags(), *more])
+    return run_program([PROGRAM, *words.split(), *corpus.flags(), *more], ranks)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def runs(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> d
     words = f"{MODEL} {LTE} {TRAIN} --ds-config ds_configs/zero1.json --replica-check-interval 2"
     saved = ["--save", str(folder / "saved")]
     one = ["--lte-heads-per-rank", "2", "--micro-batch-size", "4", "--output-dir", str(found["one"])]
-    succeed(plain(*words.split(), *tiny_corpus.flags(), *one))
+    run_program([PROGRAM, *words.split(), *tiny_corpus.flags(), *one])
     two = ["--lte-heads", "2", "--micro-batch-size", "2"]
     half = ["--exit-interval", str(ITERS // 2), "--output-dir", str(found["half"])]
     said = launch(2, words, tiny_corpus, *two, *saved, *half)

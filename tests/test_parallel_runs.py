@@ -10,10 +10,9 @@ import pytest
 from megalowrank.engine.setup import pretrain
 from megalowrank.errors import run_main
 from megalowrank.models.build import build_llama
-from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import BIN, ITERS, METHOD, MODEL, PROGRAM, TRAIN, environment, succeed, training
-from tests.harness import ROOT
+from tests.front_door_cases import ITERS, METHOD, MODEL, PROGRAM, TRAIN, environment, training
+from tests.harness import ROOT, run_program
 
 GPT = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --model-family gpt2"
 ALL = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"]
@@ -21,8 +20,7 @@ ALL = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2
 
 def launch(program: str, ranks: int, words: str, corpus: TinyCorpus, *more: str) -> str:
     """The output of a run on this many ranks."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    return succeed([*launcher, program, *words.split(), *corpus.flags(), *more])
+    return run_program([program, *words.split(), *corpus.flags(), *more], ranks)
 
 
 @pytest.fixture(scope="module")

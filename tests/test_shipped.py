@@ -18,7 +18,7 @@ from megalowrank.cli import parse
 from megalowrank.methods import METHODS
 from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES
 from megalowrank.models.presets import apply_preset
-from tests.harness import ROOT
+from tests.harness import ROOT, run_program
 from tools import search_rank
 
 PROGRAMS = {"pretrain_llama.py": LLAMA_FAMILIES, "pretrain_gpt.py": GPT_FAMILIES}
@@ -76,11 +76,7 @@ COMMANDS = commands()
 
 @cache
 def help_of(script: str) -> str:
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_program([script, "--help"])
 
 
 def check_program(program: str, flags: list[str]) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import BIN, ITERS, MODEL, PROGRAM, TRAIN, plain, records, succeed, training
-from tests.harness import run_ranks
+from tests.front_door_cases import ITERS, MODEL, PROGRAM, TRAIN, records, training
+from tests.harness import run_program, run_ranks
 
 RELORA = "--method relora --lora-rank 8 --relora-interval 3 --lr-decay-style cosine_restarts --relora-reset magnitude"
 
@@ -22,7 +21,7 @@ def flags(corpus: TinyCorpus, method: str, ds_config: str = "zero2") -> list[str
 def trained(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full-rank run of one rank."""
     folder = tmp_path_factory.mktemp("trained") / "full"
-    succeed(plain(*flags(tiny_corpus, "--method full"), "--save", str(folder)))
+    run_program([PROGRAM, *flags(tiny_corpus, "--method full"), "--save", str(folder)])
     return folder
 
 
@@ -32,9 +31,8 @@ def held_out(folder: Path) -> list[float]:
 
 def test_relora_goes_on_from_full_rank_weights(trained: Path, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     """Two ranks at ZeRO-3 in bfloat16 from a float32 run of one rank."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     warm = ["--load", str(trained), "--finetune", "--save", str(tmp_path / "warm"), "--bf16"]
-    succeed([*launcher, PROGRAM, *flags(tiny_corpus, RELORA, "zero3"), *warm])
+    run_program([PROGRAM, *flags(tiny_corpus, RELORA, "zero3"), *warm], 2)
     first, last = training(trained)[0], training(tmp_path / "warm")[-1]
     begun = training(tmp_path / "warm")[0]
     assert begun["step"] == 1 and begun["loss"] < first["loss"] - 0.2, "the weights are those of the trained model"
@@ -43,7 +41,7 @@ def test_relora_goes_on_from_full_rank_weights(trained: Path, tiny_corpus: TinyC
     assert sum(line["merges"] for line in training(tmp_path / "warm")) == 2
     assert 0.85 < last["zeroed_exp_avg"] == last["zeroed_exp_avg_sq"] < 0.95
     rates = {line["step"] - 1: line["lr"] for line in training(tmp_path / "warm")}
-    resumed = succeed([*launcher, PROGRAM, *flags(tiny_corpus, RELORA, "zero3"), *warm])
+    resumed = run_program([PROGRAM, *flags(tiny_corpus, RELORA, "zero3"), *warm], 2)
     assert f"resumed at update {ITERS}" in resumed, "the same command goes on with what it began"
     assert rates[0] == 0.0 and rates[4] > 0 and min(rates.values()) == 0.0
 
@@ -66,7 +64,7 @@ def test_the_function_is_the_same_whatever_adapters_are_put_on(
             "3",
         ]
         words = [*words, "--lr-warmup-iters", "0", "--save", str(tmp_path / str(number))]
-        succeed(plain(*words))
+        run_program([PROGRAM, *words])
         assert held_out(tmp_path / str(number))[-1] == pytest.approx(held_out(trained)[-1], abs=1e-5)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from tests.checkpoint.malicious_cases import payloads, plant_in_checkpoint, plant_in_data, plant_in_tokenizer
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import METHOD, MODEL, TRAIN, plain, succeed
-from tests.harness import run_ranks
+from tests.front_door_cases import METHOD, MODEL, PROGRAM, TRAIN
+from tests.harness import run_program, run_ranks
 
 FLAGS = [*f"--ds-config ds_configs/zero1.json {MODEL} {METHOD} {TRAIN}".split()]
 CHECKPOINT = ("rank_00000.safetensors", "manifest.json", "manifest.sha256", "latest")
@@ -24,7 +24,7 @@ KINDS = ("pickle", "text", "zip", "legacy")
 def saved(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("saved") / "run"
-    succeed(plain(*FLAGS, *tiny_corpus.flags(), "--save", str(folder), "--exit-interval", "2"))
+    run_program([PROGRAM, *FLAGS, *tiny_corpus.flags(), "--save", str(folder), "--exit-interval", "2"])
     return folder
 
 

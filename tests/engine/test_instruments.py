@@ -11,10 +11,10 @@ import torch
 from megalowrank.config import DiagnosticsConfig
 from megalowrank.engine.instruments import Instruments
 from megalowrank.errors import ConfigError
-from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
 from tests.engine.layout_cases import alone
-from tests.front_door_cases import BIN, ITERS, METHOD, MODEL, PROGRAM, TRAIN, succeed, training
+from tests.front_door_cases import ITERS, METHOD, MODEL, PROGRAM, TRAIN, training
+from tests.harness import run_program
 
 CPU = torch.device("cpu")
 
@@ -23,10 +23,9 @@ CPU = torch.device("cpu")
 def observed(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Two ranks at ZeRO-2 with every instrument that works without a GPU."""
     folder = tmp_path_factory.mktemp("observed") / "run"
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     words = f"--ds-config ds_configs/zero2.json {MODEL} {METHOD} {TRAIN}".split()
     watch = ["--comms-summary", "--profile-steps", "2:4", "--profile-ranks", "1", "--output-dir", str(folder)]
-    return folder, succeed([*launcher, PROGRAM, *words, *tiny_corpus.flags(), *watch])
+    return folder, run_program([PROGRAM, *words, *tiny_corpus.flags(), *watch], 2)
 
 
 def test_bytes_of_collectives(observed: tuple[Path, str]) -> None:
@@ -55,7 +54,7 @@ def test_only_the_chosen_rank_records_the_chosen_updates(observed: tuple[Path, s
 
 def test_a_dry_run_writes_nothing(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     words = f"--ds-config ds_configs/zero1.json {MODEL} {METHOD} {TRAIN} --dry-run --save {tmp_path}/run".split()
-    printed = succeed([str(BIN / "python"), PROGRAM, *words, *tiny_corpus.flags()])
+    printed = run_program([PROGRAM, *words, *tiny_corpus.flags()])
     assert "trainable" in printed and "masters" in printed and "nothing was trained" in printed
     assert "update 1/" not in printed and not (tmp_path / "run").exists()
 

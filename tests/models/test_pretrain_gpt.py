@@ -12,9 +12,9 @@ from megalowrank.engine.setup import pretrain
 from megalowrank.errors import ConfigError
 from megalowrank.models.architecture import GPT_FAMILIES
 from megalowrank.models.build import build_gpt
-from megalowrank.parallel.launch import free_port
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import BIN, ITERS, METHOD, TRAIN, succeed, training
+from tests.front_door_cases import ITERS, METHOD, TRAIN, training
+from tests.harness import run_program
 
 PROGRAM = "pretrain_gpt.py"
 SHAPE = "--num-layers 2 --hidden-size 32 --num-attention-heads 4"
@@ -28,8 +28,7 @@ def flags_of(corpus: TinyCorpus, family: str, *more: str) -> list[str]:
 
 def run(corpus: TinyCorpus, family: str, folder: Path, *more: str) -> dict[str, Any]:
     """Train on two ranks; returns the model section of run.json."""
-    launcher = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
-    succeed([*launcher, PROGRAM, *flags_of(corpus, family, "--save", str(folder), *more)])
+    run_program([PROGRAM, *flags_of(corpus, family, "--save", str(folder), *more)], 2)
     return json.loads((folder / "run.json").read_text())["model"]
 
 

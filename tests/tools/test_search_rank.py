@@ -11,7 +11,8 @@ import pytest
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.rank_table import rank_table
 from tests.corpus import TinyCorpus
-from tests.front_door_cases import MODEL, succeed
+from tests.front_door_cases import MODEL
+from tests.harness import run_program
 from tools import search_rank
 
 RUN = "--ds-config ds_configs/zero0.json --seq-length 32 --global-batch-size 4 --lr 1e-2 --eval-iters 0"
@@ -21,13 +22,13 @@ def test_a_file_that_lora_trains(tiny_corpus: TinyCorpus, tmp_path: Path) -> Non
     """3 of 14 matrices are on; the run of the search leaves nothing behind."""
     out = tmp_path / "ranks.toml"
     flags = f"--score snip --warmup-iters 2 --score-batches 2 {MODEL} {RUN} --lora-rank=4".split()
-    said = succeed([sys.executable, "tools/search_rank.py", str(out), *flags, *tiny_corpus.flags()])
+    said = run_program(["tools/search_rank.py", str(out), *flags, *tiny_corpus.flags()])
     assert f"3 entries are on: written to {out}" in said and list(tmp_path.iterdir()) == [out]
     table = rank_table(str(out))
     assert table is not None and table.layered and not table.default.enabled
     assert [(e.enabled, e.rank, e.alpha) for e in table.entries.values()] == [(True, 4, 16.0)] * 3
-    command = [sys.executable, "pretrain_llama.py", *f"{MODEL} {RUN}".split(), "--train-iters", "2", "--dry-run"]
-    said = succeed([*command, "--method", "lora", "--lora-config", str(out), *tiny_corpus.flags()])
+    command = ["pretrain_llama.py", *f"{MODEL} {RUN}".split(), "--train-iters", "2", "--dry-run"]
+    said = run_program([*command, "--method", "lora", "--lora-config", str(out), *tiny_corpus.flags()])
     assert "dry run" in said
 
 
