@@ -17,6 +17,7 @@ from megalowrank.parallel.groups import initialize_single_process
 from tests.checkpoint.saved_models import CONFIGS, LENGTH, save_model
 from tests.corpus import TinyCorpus
 from tests.front_door_cases import BIN, finish, start, succeed, training
+from tests.harness import run_program
 from tools import convert_hf
 
 PYTHON = str(BIN / "python")
@@ -84,7 +85,7 @@ def test_a_run_becomes_a_model_and_a_model_a_run(
     """Exported with its tokenizer, imported, trained on by another method, sampled; the first loss is the old one."""
     train = [PYTHON, "pretrain_llama.py", *TRAIN.split(), "--data-path", str(tiny_corpus.prefix), "--split", "80,20,0"]
     tokenizer = ["--tokenizer-model", str(tiny_corpus.tokenizer)]
-    succeed([*train, *tokenizer, *FIRST.split(), "--save", str(tmp_path / "run")])
+    run_program([*train[1:], *tokenizer, *FIRST.split(), "--save", str(tmp_path / "run")])
     assert run(monkeypatch, "to-hf", tmp_path / "run", tmp_path / "hf") == 0
     assert "tokenizer.json" in os.listdir(tmp_path / "hf")
     assert "| held-out loss" in (tmp_path / "hf" / "README.md").read_text()
@@ -92,7 +93,7 @@ def test_a_run_becomes_a_model_and_a_model_a_run(
     settings = json.loads((tmp_path / "back" / "model.json").read_text())
     assert settings["data"] == {"tokenizer_model": str(tmp_path / "back" / "tokenizer")}
     warm = ["--load", str(tmp_path / "back"), "--finetune", "--config", str(tmp_path / "back" / "model.json")]
-    succeed([*train, *warm, *SECOND.split(), "--save", str(tmp_path / "warm")])
+    run_program([*train[1:], *warm, *SECOND.split(), "--save", str(tmp_path / "warm")])
     before, after = (json.loads(lines(tmp_path / name)[-1])["eval_loss"] for name in ("run", "warm"))
     assert after == pytest.approx(before, abs=1e-5)
     assert training(tmp_path / "warm")[0]["loss"] < training(tmp_path / "run")[0]["loss"] - 0.3

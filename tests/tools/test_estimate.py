@@ -22,7 +22,7 @@ from megalowrank.models.accounting.table import startup_table
 from megalowrank.models.presets import apply_preset
 from tests.corpus import TinyCorpus
 from tests.front_door_cases import METHOD, MODEL, PROGRAM, TRAIN, environment, finish, start, succeed
-from tests.harness import ROOT
+from tests.harness import ROOT, run_program
 from tools.estimate import planned
 
 ISSUE = (
@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_and_help_is_whole() -> None:
 
 def test_a_run_prints_the_table_of_its_plan(tiny_corpus: TinyCorpus) -> None:
     flags = [*f"{MODEL} {METHOD} {TRAIN} --bf16 --ds-config ds_configs/zero3_offload.json".split(), "--dry-run"]
-    printed = succeed([sys.executable, PROGRAM, *flags, *tiny_corpus.flags()])
+    printed = run_program([PROGRAM, *flags, *tiny_corpus.flags()])
     found, _ = planned([*flags, "--vocab-size", "320", "--cpu"])
     assert startup_table(found) in printed
 
