@@ -76,7 +76,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ):
         payload = {"begin": begin, "finish": finish, "folder": str(root)}
         if begin or finish:
-            timeout = 60 + 15 * (len(begin) + len(finish))
+            timeout = 60 + 40 * (len(begin) + len(finish))
             ranks = run_ranks("tests.checkpoint.topology_cases:go", world, payload, root, timeout=timeout)
             found.update({name: [rank[name] for rank in ranks] for name in ranks[0]})
     return found

@@ -119,7 +119,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         folder: Path = tmp_path_factory.mktemp(f"layouts_{world}")
         cases = [case for case in chosen if world_of(case["layout"]) == world]
         payload = {"cases": cases, "folder": str(folder)}
-        ranks = run_ranks("tests.engine.layout_cases:compare", world, payload, folder, timeout=60 + 15 * len(cases))
+        ranks = run_ranks("tests.engine.layout_cases:compare", world, payload, folder, timeout=60 + 40 * len(cases))
         for case, *own in zip(cases, *ranks, strict=True):
             found[name_of(case)] = own
     return found

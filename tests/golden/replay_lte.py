@@ -44,7 +44,7 @@ def settings(cfg: dict[str, Any], apart: bool = False) -> dict[str, Any]:
 def adapt_output(method: LTE, model: BuiltModel) -> None:
     """Factors for the output projection, and a forward pass that uses them."""
     output = model.module.output
-    output._add_factors(method.adapters().spec)
+    output._add_all((method.adapters().spec,))
     output.forward = LowRankColumnParallelLinear.forward.__get__(output)
     (factors,) = output.factors
     factors.name, factors.index = HEAD, len(model.layers)
