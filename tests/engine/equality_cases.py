@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "golore": {"lora_rank": 5, "update_proj_gap": 2, "rand_ratio": 0.6},
     "galore": {"lora_rank": 5, "update_proj_gap": 3},
     "lte": {"lora_rank": 5, "lte_merge_interval": 2},
-    "heterolora": {"lora_rank": 5, "hetero_interval": 2, "hetero_warmup_iters": 1, "hetero_score": "snip",
+    "heterolora": {"lora_rank": 5, "hetero_interval": 2, "hetero_warmup_iters": 2, "hetero_score": "snip",
                    "hetero_budget": 0.5},
 }  # fmt: skip
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")

@@ -68,7 +68,7 @@ def special() -> Iterator[dict[str, Any]]:
         yield {"method": "golore", "family": "neox", "layout": layout, "flags": flags}
     for method, layout in (("switchlora", "tp2 sp"), ("golore", "pp2")):
         yield {"method": method, "family": "gpt2", "layout": layout, "flags": {"lora_config": RANKS}}
-    for mode, layout in (("separated", "tp2 sp"), ("combined", "pp2"), ("combined", "pp2 tp2 sp"), ("combined", "dp2")):
+    for mode, layout in (("separated", "tp2 sp"), ("combined", "pp2"), ("combined", "pp2 tp2 sp")):
         flags = {"hetero_shortcuts": mode, "hetero_score": "synflow"}
         yield {"method": "heterolora", "family": "gpt2", "layout": layout, "flags": flags}
     yield {"method": "switchlora", "family": "opt", "layout": "pp2"}
@@ -136,7 +136,7 @@ def test_what_always_runs_has_everything_once() -> None:
     for key, whole in (("method", METHODS), ("family", FAMILIES), ("layout", {case["layout"] for case in CASES})):
         assert {case[key] for case in chosen} >= set(whole)
     for method in METHODS:
-        assert len({case["layout"] for case in chosen if case["method"] == method}) >= 3
+        assert len({case["layout"] for case in chosen if case["method"] == method}) >= 2
     assert {case["schedule"] for case in chosen if case.get("float64") and "schedule" in case} == {"ride", "partial"}
 
 
