@@ -1,7 +1,7 @@
 """A checkpoint of any layout goes on under any other: loaded is what was saved, and the run is that of one process.
 
-12 updates under one layout, then 20 under another, on the same or another number of ranks, compared with one dense
-process that made all 32 (switches, merges and frozen vectors among them). ``pytest --every-cell`` runs every pair with
+6 updates under one layout, then 10 under another, on the same or another number of ranks, compared with one dense
+process that made all 16 (switches, merges and frozen vectors among them). ``pytest --every-cell`` runs every pair with
 every method; by default a part runs in which each method, and each kind of parallelism on either side, occurs.
 """
 

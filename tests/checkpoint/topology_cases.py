@@ -34,7 +34,7 @@ from tests.engine.layout_cases import (
 )  # fmt: skip
 from tests.engine.resume_cases import save_now
 
-CUT = STEPS - 20
+CUT = 6
 
 
 def state_of(run: Divided, case: dict[str, Any]) -> RunState:

@@ -44,7 +44,7 @@ from megalowrank.parallel.groups import Groups, initialize_groups
 from megalowrank.parallel.wire import partial_parameters
 from tests.engine.equality_cases import METHODS as SHORT
 
-STEPS, LR, SEED, LENGTH, MICRO, ROWS = 32, 3e-3, 3, 8, 2, 4
+STEPS, LR, SEED, LENGTH, MICRO, ROWS = 16, 3e-3, 3, 8, 2, 4
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 21, "num_attention_heads": 8,
               "num_query_groups": 4, "vocab_size": 29, "model_family": "llama"},
@@ -62,7 +62,7 @@ SHAPES = {
 SLOWER: dict[str, dict[str, Any]] = {
     "lora": {"lora_init": "switchlora"},
     "switchlora": {"switch_interval": 8, "switch_freeze_steps": 3},
-    "relora": {"relora_interval": 9},
+    "relora": {"relora_interval": 4},
     "heterolora": {"hetero_interval": 7, "hetero_warmup_iters": 3, "hetero_score": "grad-norm"},
 }
 METHODS = {name: {**flags, **SLOWER.get(name, {})} for name, flags in SHORT.items()}

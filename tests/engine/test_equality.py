@@ -63,7 +63,7 @@ def case(variant: str, layout: str, **more: Any) -> dict[str, Any]:
 
 
 def exact_cases(layouts: Iterable[str], every_cell: bool) -> list[dict[str, Any]]:
-    """FIFO and merges under every layout, the other variants and methods under every third layout in turns.
+    """FIFO and merges under every layout, the other variants and methods under every fourth layout in turns.
 
     Precision and accumulation alternate; with ``every_cell`` FIFO and merges have every precision, FIFO every
     accumulation too.
@@ -79,8 +79,8 @@ def exact_cases(layouts: Iterable[str], every_cell: bool) -> list[dict[str, Any]
             for variant in EVERYWHERE[1:] for bf16 in (False, True) if every_cell or bf16 == at % 2
         ]  # fmt: skip
         for v, variant in enumerate(VARIANTS):
-            if variant not in EVERYWHERE and (v + at) % 3 == 0:
-                turn = (v + at) // 3
+            if variant not in EVERYWHERE and (v + at) % 4 == 0:
+                turn = (v + at) // 4
                 found.append(case(variant, layout, bf16=turn % 2 == 1, micro=1 + turn // 2 % 2))
     return found
 
@@ -97,11 +97,11 @@ def special_cases() -> list[dict[str, Any]]:
 
 
 def family_cases() -> list[dict[str, Any]]:
-    """GPT-2 with its tied head and NeoX, biases included, every method under half of the layouts each."""
+    """GPT-2 with its tied head and NeoX, biases included, every method under a third of the layouts each."""
     found = []
     for f, family in enumerate(("gpt2", "neox")):
         for v, variant in enumerate(("fifo", "merge", "full")):
-            layouts = ["zero0", "zero1", "zero2 offload", "zero3", "zero3 small", "zero3 all offload"][(f + v) % 2 :: 2]
+            layouts = ["zero0", "zero1", "zero2 offload", "zero3", "zero3 small", "zero3 all offload"][(f + v) % 3 :: 3]
             found += [case(variant, layout, family=family, bf16=(v + i) % 2 == 1) for i, layout in enumerate(layouts)]
     return found
 
@@ -148,7 +148,7 @@ def beyond(worst: dict[str, dict[str, float]], limit: float, how: str = "max") -
 @pytest.mark.parametrize("world", [1, 2])
 def test_bitwise_equal_to_dense_training(reports: dict[int, list[Report]], world: int) -> None:
     exact = [(case, ranks) for case, ranks in reports[world] if "clip" not in case]
-    assert len(exact) >= {1: 15, 2: 80}[world]
+    assert len(exact) >= {1: 15, 2: 70}[world]
     for case, ranks in exact:
         for report in ranks:
             assert beyond(report["worst"], 0.0) == {}, case
@@ -226,7 +226,7 @@ ZEROED = {"merge": 0.7, "merge, both masks": 0.5, "merge, zero": 1.0, "merge, ra
 def test_merges_pruned_what_they_should(reports: dict[int, list[Report]], world: int) -> None:
     """The share of zeros of both moments, counted over shards, is that of the dense run and what was asked for."""
     merging = [(case, ranks) for case, ranks in reports[world] if case["method"] == "relora"]
-    assert {case["variant"] for case, _ in merging} >= (set(MERGES) if world < 4 else {"merge"})
+    assert {case["variant"] for case, _ in merging} >= (set(MERGES) if world == 2 else {"merge"})
     for case, ranks in merging:
         for report in ranks:
             found, expected = report["counters"]

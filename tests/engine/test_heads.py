@@ -45,6 +45,7 @@ RESUMED: list[dict[str, Any]] = [
     {"layout": {"dp": 2, "stage": 1}, "cuts": [3], "flags": {"lte_reset": True}},
     {"layout": {"dp": 2, "stage": 2}, "cuts": [3], "flags": {"lte_plain": "averaged"}},
 ]
+ALWAYS = [*TWO[:8], *TWO[9::3], *FOUR[1:8:2], *FOUR[8:12], *FOUR[13::2]]
 SHAPES = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "gate": (21, 16), "up": (21, 16), "down": (16, 21)}
 
 
@@ -63,12 +64,21 @@ def runs(
     return {name_of(case): [rank[number] for rank in found] for number, case in enumerate(cases)}
 
 
+def cells(cases: list[dict[str, Any]]) -> list[Any]:
+    """Parameters of a test; what does not always run is for ``--every-cell``."""
+    marks = {True: (), False: pytest.mark.every_cell}
+    return [pytest.param(case, id=name_of(case), marks=marks[case in ALWAYS]) for case in cases]
+
+
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return {**runs(tmp_path_factory, "compare", 2, TWO), **runs(tmp_path_factory, "compare", 4, FOUR)}
+def compared(tmp_path_factory: pytest.TempPathFactory, every_cell: bool) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for world, cases in ((2, TWO), (4, FOUR)):
+        found |= runs(tmp_path_factory, "compare", world, [case for case in cases if every_cell or case in ALWAYS])
+    return found
 
 
-@pytest.mark.parametrize("case", [*TWO, *FOUR], ids=name_of)
+@pytest.mark.parametrize("case", cells([*TWO, *FOUR]))
 def test_heads_learn_what_independent_workers_learn(case: dict[str, Any], compared: dict[str, list[Any]]) -> None:
     found = compared[name_of(case)]
     losses, evaluated = found[0]["expected"]
@@ -81,13 +91,13 @@ def test_heads_learn_what_independent_workers_learn(case: dict[str, Any], compar
         assert worst <= (bounds[kind] if case.get("bf16") else 5e-7), kind
 
 
-@pytest.mark.parametrize("case", [*TWO, *FOUR], ids=name_of)
+@pytest.mark.parametrize("case", cells([*TWO, *FOUR]))
 def test_an_evaluation_leaves_no_trace(case: dict[str, Any], compared: dict[str, list[Any]]) -> None:
     for rank in compared[name_of(case)]:
         assert rank["untouched"] and rank["evaluations"][0] == rank["evaluations"][1]
 
 
-@pytest.mark.parametrize("case", [*TWO, *FOUR], ids=name_of)
+@pytest.mark.parametrize("case", cells([*TWO, *FOUR]))
 def test_one_flipped_bit_of_a_shared_weight_is_found(case: dict[str, Any], compared: dict[str, list[Any]]) -> None:
     found = compared[name_of(case)]
     block = 1 if case["layout"].get("pp") else 0
@@ -146,7 +156,7 @@ def test_a_head_that_skips_alone_what_is_trained_alike_ends_the_run(tmp_path: Pa
     assert found == [f"True {said}", f"False {said}"]
 
 
-@pytest.mark.parametrize("case", [TWO[0], TWO[5], TWO[7], FOUR[4]], ids=name_of)
+@pytest.mark.parametrize("case", [TWO[0], TWO[5], TWO[7], FOUR[5]], ids=name_of)
 def test_the_bytes_of_a_merge_are_those_planned(case: dict[str, Any], compared: dict[str, list[Any]]) -> None:
     """Every matrix in the cheaper way; W, A and Bᵀ of the last MLP product are divided by tensor-parallel ranks."""
     rank, tensor = case.get("flags", {}).get("lora_rank", 3), case["layout"].get("tp", 1)

@@ -1,6 +1,6 @@
 """One table: every method under every layout, for every family, is the run of one process.
 
-Each cell trains 32 updates (switches and merges among them) divided over ranks, and compares every loss, every
+Each cell trains 16 updates (switches and merges among them) divided over ranks, and compares every loss, every
 gradient norm, the last evaluation and, put together from what all ranks hold, W, A, B, moments, clocks and
 candidates with a dense single process. In float64, which DeepSpeed does not have, tensor and sequence parallelism are
 compared to 1e-11; in float32 everything to 2e-5.
@@ -84,8 +84,8 @@ def low() -> Iterator[dict[str, Any]]:
 def poisoned() -> Iterator[dict[str, Any]]:
     """Two attempts with an infinite gradient on one rank of the first stage: all ranks skip them, and switch once."""
     for layout in ("tp2", "tp2 sp", "pp2", "pp2 tp2", "tp2 dp2 zero2"):
-        yield {"method": "switchlora", "family": "llama", "layout": layout, "poison": [3, 17], "clip": 0.5}
-    yield {"method": "switchlora", "family": "neox", "layout": "tp2 sp", "poison": [3, 17], "float64": True}
+        yield {"method": "switchlora", "family": "llama", "layout": layout, "poison": [3, 11], "clip": 0.5}
+    yield {"method": "switchlora", "family": "neox", "layout": "tp2 sp", "poison": [3, 11], "float64": True}
 
 
 CASES = [*table(), *exact(), *special(), *low(), *poisoned()]
@@ -183,6 +183,6 @@ def check(case: dict[str, Any], report: Report, tolerance: float) -> None:
     if case["method"] in ("golore", "galore"):
         assert found["refreshes"] == 1 and found["projectors_kept"] == 0
     if case["method"] == "switchlora":
-        assert found["switched_vectors"] > (200 if "flags" not in case else 100)
+        assert found["switched_vectors"] > (100 if "flags" not in case else 40)
     if case["method"] == "relora":
         assert found["merges"] == 3 and found["zeroed_exp_avg"] == pytest.approx(0.7, abs=0.01)
