@@ -42,7 +42,7 @@ def case(root: Path, name: str, variant: str, layout: str, **more: Any) -> dict[
 
 
 def resume_cases(root: Path, name: str) -> list[dict[str, Any]]:
-    """FIFO, often and seldom switching, under every layout, the others under every third; cuts and precision in turns."""
+    """FIFO, switching often or seldom, under every layout, others under every third; cuts and precision in turns."""
     found = []
     for v, variant in enumerate(VARIANTS):
         for at, layout in enumerate(LAYOUTS):
