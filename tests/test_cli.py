@@ -1,9 +1,8 @@
-"""The command line: flags, help, refusals of one line, presets, exit codes."""
+"""The command line: flags, help, refusals of one line, presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from megalowrank.cli import SECTIONS, RunConfig, parse
 from megalowrank.config import ModelConfig
 from megalowrank.engine.dsconfig import resolve
-from megalowrank.errors import ConfigError, TrainingError, nearest, run_main
+from megalowrank.errors import ConfigError, nearest
 from megalowrank.methods import METHODS, method_class
 from megalowrank.models.accounting.parameters import count_parameters
 from megalowrank.models.presets import LLAMA, apply_preset
@@ -358,67 +357,3 @@ def test_without_a_preset_every_size_is_asked_for() -> None:
     shape = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2}
     assert "--vocab-size is missing" in refusal(lambda: apply_preset(ModelConfig(**shape), None))
     assert apply_preset(ModelConfig(**shape), 300).num_query_groups == 2
-
-
-# ---------------------------------------------------------------- exit codes
-
-
-def leave(error: Exception | None) -> int:
-    """The exit code of a program whose main raises ``error``."""
-
-    def main() -> None:
-        if error is not None:
-            raise error
-
-    try:
-        run_main(main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.fixture
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in [key for key in os.environ if key == "RANK" or key.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (None, 0, ""),
-        (ConfigError("--x is wrong", 3, "> 4"), 2, "error: --x is wrong; got 3; allowed: > 4\n"),
-        (ConfigError("two\nlines"), 2, "error: two lines\n"),
-        (TrainingError("too many"), 1, "stopped: too many\n"),
-    ],
-)
-def test_exit_codes(
-    error: Exception | None,
-    code: int,
-    line: str,
-    no_launcher: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert leave(error) == code
-    assert capsys.readouterr() == ("", line)
-
-
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
-def test_the_first_rank_speaks_at_once_and_others_wait(
-    variable: str, no_launcher: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A launcher ends the others while they wait; an error of one other rank alone is still heard."""
-    waited: list[float] = []
-    no_launcher.setattr("megalowrank.errors.time.sleep", waited.append)
-    no_launcher.setenv(variable, "0")
-    assert leave(ConfigError("x")) == 2
-    assert capsys.readouterr().err == "error: x\n" and not waited
-    no_launcher.setenv(variable, "1")
-    assert leave(ConfigError("x")) == 2
-    assert capsys.readouterr().err == "rank 1: error: x\n" and len(waited) == 1
-
-
-def test_our_own_errors_keep_their_traceback(no_launcher: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        leave(ZeroDivisionError())

@@ -16,23 +16,9 @@ from megalowrank.engine.loop import Position
 from megalowrank.engine.resume import RunState
 from megalowrank.engine.zero import initialize_distributed
 from megalowrank.parallel.groups import initialize_groups
-from tests.engine.layout_cases import (
-    FAMILIES,
-    LENGTH,
-    MICRO,
-    ROWS,
-    SEED,
-    STEPS,
-    Divided,
-    Run,
-    difference,
-    digest,
-    drop_groups,
-    logical,
-    padding,
-    references,
-)  # fmt: skip
+from tests.engine.layout_cases import FAMILIES, LENGTH, MICRO, ROWS, SEED, STEPS, Divided, drop_groups, references
 from tests.engine.resume_cases import save_now
+from tests.engine.whole_runs import Run, difference, digest, logical, padding
 
 CUT = 6
 

@@ -12,7 +12,8 @@ from megalowrank.engine.zero import initialize_distributed
 from megalowrank.methods.allocation import allocate
 from megalowrank.methods.importance import SCORES, over_stages
 from megalowrank.parallel.groups import initialize_groups
-from tests.engine.layout_cases import Divided, digest, drop_groups, logical
+from tests.engine.layout_cases import Divided, drop_groups
+from tests.engine.whole_runs import digest, logical
 
 BATCHES = 2
 KEY = ("lots", 5)
