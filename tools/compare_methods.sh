@@ -36,8 +36,9 @@ read -ra seeds <<<"$SEEDS"
 listed=$("$PYTHON" tools/compare_methods.py models "$OUT/pretrain")
 models=()
 while read -r name folder; do
-  models+=("$name=$OUT/hf/$name")
-  [ -e "$OUT/hf/$name" ] || "$PYTHON" tools/convert_hf.py to-hf "$folder/checkpoints" "$OUT/hf/$name"
+  exported=$OUT/hf/$(basename "$folder")
+  models+=("$name=$exported")
+  [ -e "$exported" ] || "$PYTHON" tools/convert_hf.py to-hf "$folder/checkpoints" "$exported"
 done <<<"$listed"
 
 "$PYTHON" tools/finetune_glue.py "${models[@]}" --tasks "$REVIEWS" --seeds "${seeds[@]}" --epochs "$EPOCHS" --lr "$LR" \

@@ -146,7 +146,8 @@ def main() -> None:
     recipe.check()
     if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError("--seeds names one twice", " ".join(map(str, args.seeds)))
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the trainer would multiply the batch by the devices it sees
+    # the trainer would multiply the batch by the devices it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it says that every head is new
     models = candidates(args.checkpoints)

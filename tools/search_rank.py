@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("megalowrank") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +37,7 @@ from megalowrank.parallel.launch import set_rank_environment
 
 PROGRAMS = {"pretrain_llama.py": (build_llama, LLAMA_FAMILIES), "pretrain_gpt.py": (build_gpt, GPT_FAMILIES)}
 NEVER = 10**9
-OWN = ("--method", "--train-iters", "--output-dir", "--save", "--load", "--epochs")
+OWN = ("--method", "--train-iters", "--output-dir", "--save", "--epochs")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument(
         "--shortcuts", choices=("off", "separated", "combined"), default="off",
-        help="shortcuts too, ranked apart or with the matrices; train the file with --method heterolora",
+        help="shortcuts too, ranked apart or with the matrices; train the file with --method heterolora "
+        "--hetero-interval 0 and the same --hetero-shortcuts",
     )  # fmt: skip
     return found
 
@@ -68,9 +71,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Command line of ``search_rank``; every rank of a launcher may call it."""
     args, rest = parser().parse_known_args()
-    for word in rest:
-        if word.partition("=")[0].replace("_", "-") in OWN:
-            raise ConfigError(f"{word} is chosen by this tool", None, "the flags of model, data and layout")
+    typed = {word.partition("=")[0].replace("_", "-"): word for word in rest}
+    for flag in OWN:
+        if flag in typed:
+            raise ConfigError(f"{typed[flag]} is chosen by this tool", None, "the flags of model, data and layout")
+    if "--load" in typed and "--finetune" not in typed:
+        raise ConfigError("--load resumes a run, a search is a new one", typed["--load"], "--load with --finetune")
     rank, _, _ = set_rank_environment()
     folder = args.out.with_name(args.out.name + ".search")
     build, families = PROGRAMS[args.program]
@@ -79,7 +85,7 @@ def main() -> None:
         event = next(e for e in reversed(read_metrics(folder / "metrics.jsonl")) if e.get("event") == "reallocation")
         if "kept" in event:
             raise ConfigError("no ranking could be made", event["kept"], "another score, learning rate or warm-up")
-        table = table_of({**event["on"], **event["off"]}, args, rest)
+        table = table_of({**event["on"], **event["off"]}, args, json.loads((folder / "run.json").read_text()))
         write_whole(args.out, table.text().encode())
         shutil.rmtree(folder)
         print(f"{len(table.entries)} entries are on: written to {args.out}")
@@ -95,11 +101,9 @@ def _flags(args: argparse.Namespace, folder: Path) -> list[str]:
     return [str(word) for pair in words.items() for word in pair]
 
 
-def table_of(scores: Mapping[str, float], args: argparse.Namespace, rest: list[str]) -> RankTable:
-    """The best within the budget get the rank and alpha of the flags, all others none."""
-    values = {flag: _value(rest, flag) for flag in ("--lora-rank", "--lora-alpha")}
-    rank = int(values["--lora-rank"] or HeteroLoRAConfig.lora_rank)
-    entry = Entry(True, rank, float(values["--lora-alpha"] or HeteroLoRAConfig.lora_alpha))
+def table_of(scores: Mapping[str, float], args: argparse.Namespace, run: Mapping[str, Any]) -> RankTable:
+    """The best within the budget get the rank and alpha of the search (``run``: its run.json), all others none."""
+    entry = Entry(True, run["method_config"]["lora_rank"], run["method_config"]["lora_alpha"])
     layered, found = args.granularity == "layer", dict(scores)
     if not layered:
         kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in scores)
@@ -107,19 +111,11 @@ def table_of(scores: Mapping[str, float], args: argparse.Namespace, rest: list[s
     shortcut = [
         any(is_shortcut(name) for name in scores if name.rsplit(".", 1)[-1] == f.rsplit(".", 1)[-1]) for f in found
     ]
-    choice = allocate(list(found.values()), shortcut, args.budget, args.shortcuts, ("search", args.score))
+    key = (run["train"]["seed"], "search", args.score)
+    choice = allocate(list(found.values()), shortcut, args.budget, args.shortcuts, key)
     chosen = [name for name, on in zip(found, choice.on, strict=True) if on]
     keys = [f"{name.split('.')[1]}.{name.rsplit('.', 1)[-1]}" if layered else name for name in chosen]
     return RankTable(Entry(enabled=False), dict.fromkeys(keys, entry), layered)
-
-
-def _value(words: list[str], flag: str) -> str | None:
-    """What follows ``flag``, or stands after its equals sign."""
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") == flag:
-            return value if equals else words[i + 1]
-    return None
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def _train(
     model.warnings += restart_warnings(train, method.restart_interval())
     engine = make_engine(model, model_config, train, resolved.deepspeed, groups)
     ctx = context_of(model, engine, resolved, groups)
+    ctx.beat = beat
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups), groups, run)

@@ -78,12 +78,16 @@ class RankTable:
         """Whether any entry has an alpha."""
         return any(entry.alpha is not None for entry in (self.default, *self.entries.values()))
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raise ConfigError for an entry that is about none of the matrices of the model."""
+    def check(self, names: Sequence[str], adapted: Sequence[str]) -> None:
+        """Raise ConfigError for an entry that is about none of the matrices of the model, or is on but has no effect
+        since none of its matrices is one of the ``adapted`` ones."""
         known = dict.fromkeys(self._key(name) for name in names)
         for key in self.entries:
             if key not in known:
                 raise unknown_name("--lora-config has an entry for a matrix that the model lacks", key, known)
+        reached = {self._key(name) for name in adapted}
+        for key in (key for key, entry in self.entries.items() if entry.enabled and key not in reached):
+            raise ConfigError("--lora-config has an entry that is on for what --lora-target leaves out", key)
 
     def text(self) -> str:
         """The file, for people and for ``run.json``."""

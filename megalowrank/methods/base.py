@@ -55,7 +55,7 @@ class Context:
     ``names``: those of the matrices and shortcuts of the whole model by global index. ``restart_offset``: updates by
     which restarts of the schedule, and of the method, come earlier. ``micro_batches`` are those of the coming update on
     this rank, ``ahead(k)`` those of the k-th after it. ``heads``: the other groups of ranks, if the method asked for
-    several.
+    several. ``beat`` is told of long work between updates, for a watchdog.
     """
 
     layers: Sequence[LowRankFactors]
@@ -71,6 +71,7 @@ class Context:
     heads: Heads | None = None
     names: Sequence[str] = ()
     ahead: Callable[[int], Sequence[torch.Tensor]] | None = None
+    beat: Callable[[str], None] = lambda where: None
 
     def __post_init__(self) -> None:
         """Without names the layers here are all there are."""
@@ -87,6 +88,7 @@ class Context:
         """Mean loss over batches of all data-parallel ranks, without gradients. Every rank of the job calls it."""
         if self.engine is None:
             raise RuntimeError("this context has no engine to evaluate")
+        self.beat("an evaluation between updates")
         total = torch.stack([self.engine.eval_step(batch) for batch in batches]).double().mean()
         self.engine.end_evaluation()
         return float(self.state.mean_over_data_ranks(total))
@@ -100,6 +102,7 @@ class Context:
         """
         if self.engine is None:
             raise RuntimeError("this context has no engine to probe")
+        self.beat("a probe pass")
         return self.engine.probe(self.micro_batches if micro_batches is None else micro_batches, weights, take)
 
 
@@ -131,10 +134,11 @@ class Adapters:
         """What the factors of the matrix called ``name`` are; None: it is frozen and has none."""
         return self.spec if self.table is None else self.table.spec_of(name, self.spec)
 
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raise ConfigError unless every entry of the table is one of the ``names`` of the model."""
+    def check_names(self, names: Sequence[str], adapted: Sequence[str]) -> None:
+        """Raise ConfigError unless every entry of the table is one of the ``names`` of the model, and has an effect:
+        one that is on is about a matrix that is ``adapted``."""
         if self.table is not None:
-            self.table.check(names)
+            self.table.check(names, adapted)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ Deviations: from the public implementation, as far as it is known
 - Memory is that of all modules; what is off costs neither products nor updates, but its gradients travel as zeros.
 
 At update t with t >= warm-up and (t - warm-up) divisible by the interval: all modules on; a score for each; the best
-⌊p·M⌋ of M matrices and round(p·N) of N shortcuts stay on, the others keep weights and moments and do not move.
+⌊p·M⌋ of M matrices and round(p·N) of N shortcuts stay on, the others keep weights and moments and do not move. Where
+scores say nothing (one is not finite, or B is still 0 where they need it) all stays as it was, and the next attempt
+tries again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from megalowrank.lowrank.factors import LogicalMatrix, LowRankFactors
 from megalowrank.lowrank.vectors import VectorSet
 from megalowrank.methods.allocation import allocate, budgets
 from megalowrank.methods.base import Adapters, Context
-from megalowrank.methods.importance import SCORES, over_stages
+from megalowrank.methods.importance import SCORES, over_stages, sizes_of_B
 from megalowrank.methods.lora import LoRA, LoRAConfig
 
 
@@ -63,10 +65,10 @@ class HeteroLoRAConfig(LoRAConfig):
         at_least("hetero-score-batches", self.hetero_score_batches, 1)
         if not 0.0 < self.hetero_budget <= 1.0:
             raise ConfigError("--hetero-budget is out of range", self.hetero_budget, "0 < share <= 1")
-        late = self.hetero_warmup_iters > 0 or self.lora_init != "classic" or self.hetero_interval == 0
-        if SCORES[self.hetero_score].needs_B and not late:
+        zero = self.lora_init == "classic" or self.hetero_shortcuts != "off"
+        if SCORES[self.hetero_score].needs_B and zero and self.hetero_interval and not self.hetero_warmup_iters:
             raise ConfigError(
-                f"--hetero-score {self.hetero_score} is 0 for every module before training, since B is 0",
+                f"--hetero-score {self.hetero_score} is 0 for every module (or shortcut) before training, since B is 0",
                 "--hetero-warmup-iters 0",
                 "a warm-up of at least 1 update, or --hetero-score grad-norm",
             )
@@ -99,31 +101,39 @@ class HeteroLoRA(LoRA):
         """Everything is on."""
         self._ctx, self._off = ctx, dict[str, int]()
         self._events: list[dict[str, Any]] = []
-        self._spent_ms = 0.0
+        self._spent_ms, self._due = 0.0, False
 
     def before_step(self, step: int, ctx: Context) -> None:
         """Reallocate if it is time."""
         config = self.config
-        if not config.hetero_interval or step < config.hetero_warmup_iters:
-            return
-        if (step - config.hetero_warmup_iters) % config.hetero_interval == 0:
+        since = step - config.hetero_warmup_iters
+        self._due |= bool(config.hetero_interval) and since >= 0 and since % config.hetero_interval == 0
+        self.retry(step, ctx)
+
+    def retry(self, step: int, ctx: Context) -> None:
+        """Reallocate if the last attempt could not."""
+        if self._due:
             began = time.perf_counter()
-            self._reallocate(step, ctx)
+            self._due = not self._reallocate(step, ctx)
             self._spent_ms += 1000.0 * (time.perf_counter() - began)
 
-    def _reallocate(self, step: int, ctx: Context) -> None:
-        config, before = self.config, [layer.enabled for layer in ctx.layers]
+    def _reallocate(self, step: int, ctx: Context) -> bool:
+        """Whether modules could be chosen."""
+        config, event = self.config, {"step": step + 1, "event": "reallocation", "score": self.config.hetero_score}
+        shortcut = [is_shortcut(name) for name in ctx.names]
+        if SCORES[config.hetero_score].needs_B and _without_B(sizes_of_B(ctx), shortcut):
+            self._events.append({**event, "kept": "B is 0: the learning rate was 0 so far"})
+            return False
+        before = [layer.enabled for layer in ctx.layers]
         for layer in ctx.layers:
             layer.enabled = True
         scores = over_stages(ctx, SCORES[config.hetero_score].of(ctx, ctx.batches(config.hetero_score_batches)))
-        event = {"step": step + 1, "event": "reallocation", "score": config.hetero_score}
         if not all(map(math.isfinite, scores)):
             for layer, enabled in zip(ctx.layers, before, strict=True):
                 layer.enabled = enabled
             self._events.append({**event, "kept": "a score is not finite"})
-            return
+            return False
         key = (ctx.seed, "reallocation", step)
-        shortcut = [is_shortcut(name) for name in ctx.names]
         choice = allocate(scores, shortcut, config.hetero_budget, config.hetero_shortcuts, key)
         for layer in ctx.layers:
             layer.enabled = choice.on[layer.index]
@@ -133,6 +143,7 @@ class HeteroLoRA(LoRA):
         off = {name: score for name, score in zip(ctx.names, scores, strict=True) if name not in on}
         found = {"on": on, "off": off, "tied": choice.tied, "margin": choice.margin, "near_tie": choice.near}
         self._events.append({**event, **found})
+        return True
 
     def _hold(self, ctx: Context, off: dict[str, int]) -> None:
         """Hold the modules of ``off``, since the updates it names, and release all others."""
@@ -158,9 +169,10 @@ class HeteroLoRA(LoRA):
         return frozenset(state.get("off", ()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"off": dict(self._off)}
+        return {"off": dict(self._off), "due": self._due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._due = bool(state.get("due"))
         own = {layer.name for layer in self._ctx.layers}
         off = {name: int(since) for name, since in state["off"].items() if name in own}
         for layer in self._ctx.layers:
@@ -171,6 +183,12 @@ class HeteroLoRA(LoRA):
 def is_shortcut(name: str) -> bool:
     """Whether a module is a shortcut, by its name."""
     return ".shortcut." in name
+
+
+def _without_B(sizes: Sequence[float], shortcut: Sequence[bool]) -> bool:
+    """Whether B of all matrices, or of all shortcuts, is 0."""
+    groups = [[size for size, its in zip(sizes, shortcut, strict=True) if its == kind] for kind in set(shortcut)]
+    return any(not any(group) for group in groups)
 
 
 def _vectors(j: int, layer: LowRankFactors) -> VectorSet:

@@ -64,6 +64,8 @@ def synflow(ctx: Context, batches: Batches) -> list[float]:
 def alpha_test(ctx: Context, batches: Batches) -> list[float]:
     """The smallest of 0 .. 10 tenths of a module's scale with which perplexity stays within 1 % of what it is."""
     limit = ctx.loss(batches) + math.log1p(TOLERANCE)
+    if not math.isfinite(limit):
+        return [math.nan] * len(ctx.layers)
     own = {layer.index: layer for layer in ctx.layers}
     scores = {index: _smallest(ctx, batches, own.get(index), limit) for index in range(len(ctx.names))}
     return [float(scores[layer.index]) for layer in ctx.layers]
@@ -84,6 +86,12 @@ def over_stages(ctx: Context, scores: Sequence[float]) -> list[float]:
     for layer, score in zip(ctx.layers, scores, strict=True):
         found[layer.index] = score
     return ctx.state.sum_over_stages(found).tolist()
+
+
+def sizes_of_B(ctx: Context) -> list[float]:
+    """Σ|B| of all modules of the model by global index, on every rank; exactly 0 where B is."""
+    sums = _totals(ctx, [(torch.zeros_like(A), Bt.abs()) for A, Bt in values(ctx)])
+    return over_stages(ctx, sums.sum(1).tolist())
 
 
 def gradients(ctx: Context, batches: Batches, current: Sequence[Pair]) -> list[Pair]:
@@ -137,6 +145,8 @@ def _complete(ctx: Context, found: list[Pair]) -> list[Pair]:
         summed = ctx.state.sum_over_tensor_ranks(torch.cat([part.reshape(-1) for part in partial]))
         for part, total in zip(partial, summed.split(sizes), strict=True):
             part.copy_(total.view_as(part))
+    if not found:
+        return found
     flat = torch.cat([part.reshape(-1) for pair in found for part in pair])
     return _pairs(ctx.layers, ctx.state.mean_over_data_ranks(flat))
 

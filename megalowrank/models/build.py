@@ -145,8 +145,8 @@ def build_model(
     check_tensor_parallel(config, place.wire.size)
     adapters = method.adapters()
     chosen, matrices = _choose(config, adapters)
-    shortcuts = shortcut_specs(config, adapters)
-    matrices += [MatrixShape(name, spec.rank, *[config.hidden_size or 0] * 2) for name, spec in shortcuts.items()]
+    shortcuts, hidden = shortcut_specs(config, adapters), config.hidden_size or 0
+    matrices += [m for name, spec in shortcuts.items() for m in _shapes([spec], [name], [hidden], hidden)]
     names = tuple(matrix.name for matrix in matrices)
     module = Transformer(config, length, chosen, recompute, dtype, place, shortcuts)
     layers, tensors = _name(module, {name: index for index, name in enumerate(names)})
@@ -244,7 +244,8 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen
                 matrices += _shapes(specs, logical, rows, input_width(config, projection))
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
-    adapters.check_names([*names, *(shortcut_names(config) if adapters.shortcuts else ())])
+    shortcuts = shortcut_names(config) if adapters.shortcuts else ()
+    adapters.check_names([*names, *shortcuts], [*(matrix.name for matrix in matrices), *shortcuts])
     return chosen, matrices
 
 

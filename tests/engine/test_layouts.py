@@ -63,6 +63,9 @@ def special() -> Iterator[dict[str, Any]]:
             yield {**case, "recompute": True} if (m + number) % 3 == 0 else case
     for method in ("switchlora", "relora", "golore"):
         yield {"method": method, "family": "llama", "layout": "pp2", "flags": {"lora_target": ["layers.0.*"]}}
+    for score, family in (("grad-norm", "neox"), ("synflow", "llama")):
+        flags = {"lora_target": ["layers.0.*"], "hetero_score": score}
+        yield {"method": "heterolora", "family": family, "layout": "pp2", "flags": flags}
     for layout in ("tp2 sp", "pp2"):
         flags = {"projector": "randomized", "probe_passes": 2}
         yield {"method": "golore", "family": "neox", "layout": layout, "flags": flags}

@@ -86,6 +86,14 @@ def test_a_file_that_is_not_there_and_entries_of_no_matrix() -> None:
         rank_table("nowhere.toml")
     table = rank_table(LAYERED)
     assert table is not None
-    table.check(NAMES)
+    table.check(NAMES, NAMES)
     with pytest.raises(ConfigError, match=r"11\.down"):
-        table.check(NAMES[:1])
+        table.check(NAMES[:1], NAMES)
+
+
+def test_an_entry_that_is_on_for_what_is_not_adapted() -> None:
+    table = rank_table("[all_layers.q]\nrank=2\n[all_layers.down]\nenabled=false\n")
+    assert table is not None
+    table.check(NAMES, [name for name in NAMES if name.endswith("q")])
+    with pytest.raises(ConfigError, match="what --lora-target leaves out; got q"):
+        table.check(NAMES, [name for name in NAMES if not name.endswith("q")])

@@ -182,6 +182,15 @@ def test_saved_and_loaded_it_goes_on_bit_by_bit() -> None:
     ("flags", "said"),
     [
         ({"hetero_score": "snip", "hetero_warmup_iters": 0}, "--hetero-score snip is 0 for every module"),
+        (
+            {
+                "hetero_score": "snip",
+                "hetero_warmup_iters": 0,
+                "lora_init": "switchlora",
+                "hetero_shortcuts": "combined",
+            },
+            "--hetero-score snip is 0 for every module (or shortcut)",
+        ),
         ({"hetero_score": "synflow", "hetero_warmup_iters": 0}, "--hetero-warmup-iters"),
         ({"hetero_budget": 0.0}, "--hetero-budget"),
         ({"hetero_budget": 0.01}, "--hetero-budget leaves none of 14"),
@@ -192,3 +201,31 @@ def test_refusals(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Trial(**flags)
     assert said in str(caught.value)
+
+
+def test_without_B_nothing_is_chosen_until_it_has_moved() -> None:
+    """A first update at a rate of 0, as warm-ups of the rate have it, leaves B at 0."""
+    trial = Trial(hetero_score="snip", hetero_warmup_iters=1, hetero_interval=50)
+    for rate in (0.0, 0.0, LR, LR):
+        trial.before()
+        trial.engine.train_step(trial.ctx.micro_batches, rate)
+        trial.at += 1
+    assert [event.get("kept", "")[:6] for event in trial.events] == ["B is 0", "B is 0", ""]
+    assert sum(layer.enabled for layer in trial.model.layers) == 3
+
+
+def test_a_score_that_is_not_finite_is_taken_again_with_the_next_batch() -> None:
+    trial = Trial(hetero_score="alpha-test", hetero_interval=50)
+    for _ in range(2):
+        trial.before()
+        trial.step()
+    norm = trial.model.module.layers[0].input_layernorm.weight
+    kept = norm.detach().clone()
+    norm.data.fill_(torch.nan)
+    trial.before()
+    assert trial.events[0]["kept"] == "a score is not finite" and trial.method.state_dict()["due"]
+    assert all(layer.enabled for layer in trial.model.layers)
+    norm.data.copy_(kept)
+    trial.method.retry(trial.at, trial.ctx)
+    assert "on" in trial.method.events()[0] and not trial.method.state_dict()["due"]
+    assert sum(layer.enabled for layer in trial.model.layers) == 3

@@ -307,3 +307,23 @@ def test_a_comparison_that_cannot_be_is_one_line(tmp_path: Path, plot: Plot) -> 
         result = plot(*words)
         assert result.returncode == 2 and part in result.stderr and len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_heat_map_has_a_square_for_every_module_and_reallocation(
+    tmp_path: Path, plot: Plot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, values, **_: drawn.append(values))
+    modules = importlib.import_module("plotting.modules")
+    names = ["layers.10.mlp.down", "layers.2.attention.v", "layers.2.attention.q", "layers.2.shortcut.cross_in"]
+    on = ([0, 1], [1], [1, 3])
+    records = [{"step": 20, "loss": 1.0}, {"step": 30, "event": "reallocation", "kept": "a score is not finite"}]
+    for at, chosen in enumerate(on):
+        sides = {"on": {names[i]: 1.0 for i in chosen}, "off": {n: 0.0 for i, n in enumerate(names) if i not in chosen}}
+        records.append({"step": 10 * at, "event": "reallocation", **sides})
+    run = importlib.import_module("plotting.run").Run(tmp_path, {}, records)
+    monkeypatch.setattr(type(run), "title", "a run", raising=False)
+    modules.draw_modules(run, tmp_path)
+    assert (tmp_path / "modules.png").stat().st_size > 1000
+    in_order = (2, 1, 3, 0)
+    assert drawn[0].tolist() == [[i in chosen for chosen in on] for i in in_order]

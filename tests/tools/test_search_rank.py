@@ -53,13 +53,30 @@ def test_scores_become_entries(granularity: str, shortcuts: str, on: list[str]) 
         scores["layers.0.attention.v"], budget = 0.0, 0.49
         on = ["1.q", "0.residual_1", "0.cross_in"]
     args = argparse.Namespace(granularity=granularity, shortcuts=shortcuts, budget=budget, score="snip")
-    table = search_rank.table_of(scores, args, ["--lora_rank", "2", "--lora-alpha=3"])
+    run = {"train": {"seed": 1}, "method_config": {"lora_rank": 2, "lora_alpha": 3.0}}
+    table = search_rank.table_of(scores, args, run)
     assert list(table.entries) == on and not table.default.enabled
     assert {(e.rank, e.alpha) for e in table.entries.values()} == {(2, 3.0)}
     assert rank_table(table.text()) == table
 
 
-def test_what_the_tool_chooses_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["search_rank.py", str(tmp_path / "r.toml"), "--train_iters", "7"])
-    with pytest.raises(ConfigError, match="--train_iters is chosen by this tool"):
+def test_chance_depends_on_the_seed() -> None:
+    scores = {f"layers.{i}.attention.{kind}": 1.0 for i in range(6) for kind in "qkvo"}
+    args = argparse.Namespace(granularity="layer", shortcuts="off", budget=0.25, score="constant")
+    same = {"lora_rank": 2, "lora_alpha": 3.0}
+    runs = [{"train": {"seed": seed}, "method_config": same} for seed in (1, 2, 2)]
+    first, second, again = (list(search_rank.table_of(scores, args, run).entries) for run in runs)
+    assert first != second == again and len(first) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train_iters", "7"], "--train_iters is chosen by this tool"),
+        (["--load", "runs/a"], "--load with --finetune"),
+    ],
+)
+def test_what_the_tool_refuses(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["search_rank.py", str(tmp_path / "r.toml"), *words])
+    with pytest.raises(ConfigError, match=said):
         search_rank.main()

@@ -101,7 +101,9 @@ def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Proj
             found.append(Projection(number, kind, matrices))
     if adapters is not None:
         check_patterns(adapters.patterns, names)
-        adapters.check_names([*names, *(shortcut_names(config) if adapters.shortcuts else ())])
+        shortcuts = shortcut_names(config) if adapters.shortcuts else ()
+        reached = [matrix.name for projection in found for matrix in projection.matrices if matrix.rank]
+        adapters.check_names([*names, *shortcuts], [*reached, *shortcuts])
     return found
 
 
