@@ -2,7 +2,7 @@
 # From pre-training to comparison: small models by every method on enwik8 at equal tokens, exported to Hugging Face,
 # fine-tuned on movie-review snippets; one table and one picture of held-out bits per byte beside the task.
 #
-#     tools/compare_methods.sh                                   six to eight hours on 2 cores, minutes on a GPU
+#     tools/compare_methods.sh                                   about seven hours on a CPU core, by shorter runs
 #     ITERS=100 RATES=1 SEEDS="1 2" EXAMPLES=1500 EPOCHS=3 tools/compare_methods.sh
 #
 # What is finished is kept in OUT: the same command goes on where it stopped. VENV is where `make install` put Python.

@@ -108,7 +108,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """By case, what every rank found."""
     folder: Path = tmp_path_factory.mktemp("importance")
-    return list(zip(*run_ranks("tests.methods.importance_cases:go", 2, CASES, folder), strict=True))
+    return list(zip(*run_ranks("tests.methods.importance_cases:go", 2, CASES, folder, timeout=600), strict=True))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{CASES[n]['family']}, {CASES[n]['layout']}")
