@@ -96,8 +96,7 @@ def _train(
     model = build_model(build, model_config, train, method, place, weights, groups.pipe)
     model.warnings += restart_warnings(train, method.restart_interval())
     engine = make_engine(model, model_config, train, resolved.deepspeed, groups)
-    ctx = context_of(model, engine, resolved, groups)
-    ctx.beat = beat
+    ctx = context_of(model, engine, resolved, groups, beat)
     method.start(ctx)
     run = describe(config, model_config, resolved, corpus, groups)
     state = RunState(engine, method, RunTensors(model, engine.state, method, groups), groups, run)
@@ -131,13 +130,17 @@ def _timeout(config: RunConfig) -> timedelta:
 
 
 def context_of(
-    model: BuiltModel, engine: ZeroEngine | PipelineEngine, resolved: dsconfig.Resolved, groups: Groups
+    model: BuiltModel,
+    engine: ZeroEngine | PipelineEngine,
+    resolved: dsconfig.Resolved,
+    groups: Groups,
+    beat: Callable[[str], None],
 ) -> Context:
     """What the method may touch."""
     train, allocate = resolved.train, host_allocator(resolved.pin_host_memory)
     return Context(
         model.layers, engine.state, train.seed, train.train_iters, groups.data_rank, groups.data_size, allocate,
-        train.lr_restart_offset, engine, heads=groups.heads, names=model.names,
+        train.lr_restart_offset, engine, heads=groups.heads, names=model.names, beat=beat,
     )  # fmt: skip
 
 

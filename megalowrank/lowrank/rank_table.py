@@ -82,12 +82,12 @@ class RankTable:
         """Raise ConfigError for an entry that is about none of the matrices of the model, or is on but has no effect
         since none of its matrices is one of the ``adapted`` ones."""
         known = dict.fromkeys(self._key(name) for name in names)
-        for key in self.entries:
+        reached = {self._key(name) for name in adapted}
+        for key, entry in self.entries.items():
             if key not in known:
                 raise unknown_name("--lora-config has an entry for a matrix that the model lacks", key, known)
-        reached = {self._key(name) for name in adapted}
-        for key in (key for key, entry in self.entries.items() if entry.enabled and key not in reached):
-            raise ConfigError("--lora-config has an entry that is on for what --lora-target leaves out", key)
+            if entry.enabled and key not in reached:
+                raise ConfigError("--lora-config has an entry that is on for what --lora-target leaves out", key)
 
     def text(self) -> str:
         """The file, for people and for ``run.json``."""
