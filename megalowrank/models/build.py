@@ -16,7 +16,7 @@ from megalowrank.lowrank.linear import LowRankColumnParallelLinear, LowRankRowPa
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters, Method
 from megalowrank.models.architecture import GPT_FAMILIES, LLAMA_FAMILIES, check_tensor_parallel, completed
-from megalowrank.models.projections import input_width, projections, shortcut_names, shortcut_specs
+from megalowrank.models.projections import check_table, input_width, projections, shortcut_specs
 from megalowrank.models.shortcuts import ShortcutLayer
 from megalowrank.models.task_head import TaskHead
 from megalowrank.models.transformer import Chosen, Placement, Transformer
@@ -244,8 +244,7 @@ def _choose(config: ModelConfig, adapters: Adapters | None) -> tuple[list[Chosen
                 matrices += _shapes(specs, logical, rows, input_width(config, projection))
         chosen.append(choice)
     check_patterns(adapters.patterns, names)
-    shortcuts = shortcut_names(config) if adapters.shortcuts else ()
-    adapters.check_names([*names, *shortcuts], [*(matrix.name for matrix in matrices), *shortcuts])
+    check_table(config, adapters, names, [matrix.name for matrix in matrices])
     return chosen, matrices
 
 

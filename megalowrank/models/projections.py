@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megalowrank.config import ModelConfig
 from megalowrank.errors import ConfigError
 from megalowrank.lowrank.factors import LowRankSpec
@@ -48,6 +50,12 @@ def shortcut_names(config: ModelConfig) -> list[str]:
         f"layers.{number}.shortcut.{kind}"
         for number in range(config.num_layers or 0) for kind in SHORTCUTS if number or kind != "cross_cut"
     ]  # fmt: skip
+
+
+def check_table(config: ModelConfig, adapters: Adapters, names: Sequence[str], adapted: Sequence[str]) -> None:
+    """Raise ConfigError for entries of --lora-config about none of the ``names`` or shortcuts, or without effect."""
+    shortcuts = shortcut_names(config) if adapters.shortcuts else ()
+    adapters.check_names([*names, *shortcuts], [*adapted, *shortcuts])
 
 
 def shortcut_specs(config: ModelConfig, adapters: Adapters | None) -> dict[str, LowRankSpec]:

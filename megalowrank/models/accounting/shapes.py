@@ -11,7 +11,7 @@ from megalowrank.config import ModelConfig
 from megalowrank.lowrank.select import adapted, check_patterns
 from megalowrank.methods.base import Adapters
 from megalowrank.models.architecture import architecture
-from megalowrank.models.projections import input_width, projections, shortcut_names
+from megalowrank.models.projections import check_table, input_width, projections
 from megalowrank.parallel.partition import share
 
 
@@ -101,9 +101,8 @@ def all_projections(config: ModelConfig, adapters: Adapters | None) -> list[Proj
             found.append(Projection(number, kind, matrices))
     if adapters is not None:
         check_patterns(adapters.patterns, names)
-        shortcuts = shortcut_names(config) if adapters.shortcuts else ()
         reached = [matrix.name for projection in found for matrix in projection.matrices if matrix.rank]
-        adapters.check_names([*names, *shortcuts], [*reached, *shortcuts])
+        check_table(config, adapters, names, reached)
     return found
 
 
